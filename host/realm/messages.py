@@ -1,0 +1,432 @@
+"""Every struct that crosses a process boundary inside the host.
+
+Three links carry them, each a Unix stream socket with length-prefixed MessagePack frames
+(:mod:`realm.channel`):
+
+* worker -> engine: one :class:`WorkerTurn` a turn; engine -> worker: one :class:`EngineReply`.
+* gateway -> worker: :class:`StartRun` and friends; worker -> gateway: one :class:`WorkerEvents`.
+* gateway -> engine: :class:`StatsRequest`, :class:`WorkerLost`; back: :class:`EngineStats`.
+
+Structs are arrays on the wire (``array_like``), so fields may be appended, never reordered.
+Token ids travel as little-endian ``uint32`` bytes and logits as little-endian ``float32`` bytes,
+because one buffer costs the same for 1 or 8,192 of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Union
+
+import msgspec
+
+
+class _Message(msgspec.Struct, array_like=True, tag=True, gc=False):
+    """Base of the tagged messages."""
+
+
+class SamplingParams(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """How the engine picks the next token of one sequence.
+
+    The order of operations is: repetition penalty, logit bias, allowed-token mask, temperature,
+    top-k, top-p, min-p, then one draw by inverse CDF in vocabulary order.
+
+    Attributes:
+        temperature: 0 is greedy (arg max, lowest id on a tie).
+        top_k: keep the k most likely tokens; 0 is off.
+        top_p: keep the smallest set of most likely tokens whose mass reaches this; 1 is off.
+        min_p: drop tokens less likely than this fraction of the most likely one; 0 is off.
+        repetition_penalty: CTRL's penalty over all tokens of the sequence; 1 is off.
+        uniform: the draw, in [0, 1). Chosen by the caller from (run seed, sequence, draw number),
+            so a run repeats itself whatever else is in the batch.
+        mask: bit mask of allowed tokens, little-endian bit order, ceil(vocab / 8) bytes or more;
+            None allows all.
+        bias_tokens: ``uint32`` ids, bias_values: ``float32`` values added to those logits.
+        logprob: also return the log-probability of the token under the model's own distribution
+            (temperature 1, before penalty, bias and mask).
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    uniform: float = 0.0
+    mask: bytes | None = None
+    bias_tokens: bytes | None = None
+    bias_values: bytes | None = None
+    logprob: bool = False
+
+
+# --- worker -> engine ---------------------------------------------------------------------------
+
+
+class OpenSequence(_Message, tag="new"):
+    """A new, empty sequence. ``seq`` is unique over all workers and never reused."""
+
+    seq: int
+    tenant: str
+    run: int
+
+
+class ForkSequence(_Message, tag="fork"):
+    """``child`` starts with all tokens of ``parent`` (pages shared, copied on write)."""
+
+    parent: int
+    child: int
+
+
+class TruncateSequence(_Message, tag="trunc"):
+    """Drop the tokens after the first ``length``."""
+
+    seq: int
+    length: int
+
+
+class FreeSequence(_Message, tag="free"):
+    """Forget a sequence; its pages become cached or free."""
+
+    seq: int
+
+
+class Forward(_Message, tag="fwd"):
+    """Append ``tokens`` (uint32 bytes, at least one) and compute. Answered by :class:`ForwardDone`.
+
+    ``want_logits`` returns the last position's logits (float32, vocab entries). With ``sampling``
+    the next token is drawn; it is *not* appended: the caller does so with its next call.
+    """
+
+    call: int
+    seq: int
+    tokens: bytes
+    sampling: SamplingParams | None
+    want_logits: bool
+
+
+class SaveSequence(_Message, tag="save"):
+    """Keep a copy of the sequence under the tenant's ``name``. Answered by :class:`CallDone`."""
+
+    call: int
+    seq: int
+    name: str
+
+
+class OpenSaved(_Message, tag="opensaved"):
+    """Open a copy of a saved sequence as ``seq``. Answered by :class:`CallDone` (its length)."""
+
+    call: int
+    seq: int
+    tenant: str
+    run: int
+    name: str
+
+
+class EndRun(_Message, tag="end"):
+    """A run is over: free all its sequences and drop its pending calls, unanswered."""
+
+    run: int
+
+
+EngineOp = Union[
+    OpenSequence,
+    ForkSequence,
+    TruncateSequence,
+    FreeSequence,
+    Forward,
+    SaveSequence,
+    OpenSaved,
+    EndRun,
+]
+
+
+class WorkerHello(_Message, tag="hello"):
+    """First message on a worker's link. ``worker`` is the supervisor's number for it, never reused."""
+
+    worker: int
+    pid: int
+
+
+class WorkerTurn(_Message, tag="turn"):
+    """All that a worker's guests asked in one turn, in order.
+
+    ``answered`` is the number of the last :class:`EngineReply` this turn has handled: the engine
+    uses it to know that the guests it served have all had their chance to call again, and so
+    that one merged step can follow rather than two halves.
+    """
+
+    ops: list[EngineOp]
+    answered: int = 0
+
+
+# --- engine -> worker ---------------------------------------------------------------------------
+
+
+class ForwardDone(_Message, tag="fwd_done"):
+    """Answer to :class:`Forward`.
+
+    Attributes:
+        token: the sampled token, or -1 without ``sampling``.
+        logprob: see :class:`SamplingParams`; NaN when not asked for.
+        cached: how many of the call's tokens came from the prefix cache.
+        logits: float32 bytes of the last position when asked for.
+    """
+
+    call: int
+    token: int
+    logprob: float
+    cached: int
+    logits: bytes | None = None
+
+
+class CallDone(_Message, tag="done"):
+    """Answer to save and open: ``value`` is the sequence's length in tokens."""
+
+    call: int
+    value: int
+
+
+class CallFailed(_Message, tag="failed"):
+    """The call could not be done; ``code`` is an ABI error code (negative)."""
+
+    call: int
+    code: int
+    message: str
+
+
+EngineResult = Union[ForwardDone, CallDone, CallFailed]
+
+
+class EngineReply(_Message, tag="reply"):
+    """All results that became ready for one worker. ``number`` counts replies to that worker."""
+
+    number: int
+    results: list[EngineResult]
+
+
+# --- gateway <-> engine -------------------------------------------------------------------------
+
+
+class GatewayHello(_Message, tag="gateway"):
+    """First message on the gateway's link to the engine."""
+
+    pid: int
+
+
+class StatsRequest(_Message, tag="stats?"):
+    call: int
+
+
+class WorkerLost(_Message, tag="lost"):
+    """A worker process died: free everything it owned."""
+
+    worker: int
+
+
+class TenantStats(msgspec.Struct, array_like=True, gc=False):
+    """What one tenant has used since the engine started."""
+
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    cached_tokens: int = 0
+    pages: int = 0
+    sequences: int = 0
+
+
+class EngineStats(_Message, tag="stats"):
+    """Counters since the engine started.
+
+    Attributes:
+        steps: model passes. sequences: sum over steps of sequences in the step.
+        max_sequences: the largest step. shared_steps: steps with calls of two tenants or more.
+        busy_seconds: wall time inside model passes.
+        pages_*: KV pages; ``free + used + cached == total`` always.
+    """
+
+    call: int
+    model: str
+    steps: int
+    sequences: int
+    max_sequences: int
+    shared_steps: int
+    prefill_tokens: int
+    decode_tokens: int
+    cached_tokens: int
+    preemptions: int
+    busy_seconds: float
+    pages_total: int
+    pages_free: int
+    pages_used: int
+    pages_cached: int
+    tenants: dict[str, TenantStats]
+
+
+class EngineReady(_Message, tag="ready"):
+    """The engine has loaded its model and takes calls."""
+
+    model: str
+    pages: int
+    page_size: int
+    context_length: int
+    load_seconds: float
+
+
+# --- gateway -> worker --------------------------------------------------------------------------
+
+
+class RunLimits(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """What one run may take. Units are in the names; 0 never means "unlimited".
+
+    ``tokens`` counts prompt and new tokens together.
+    """
+
+    fuel: int = 20_000_000_000
+    wall_seconds: float = 600.0
+    memory_bytes: int = 64 << 20
+    table_elements: int = 65_536
+    tokens: int = 1_000_000
+    output_bytes: int = 16 << 20
+    log_bytes: int = 256 << 10
+    sequences: int = 256
+
+
+class StartRun(_Message, tag="start"):
+    """Start a guest.
+
+    Attributes:
+        run: number of the run, unique over the host's life.
+        artifact: path of the compiled module inside the host's private cache.
+        input: what ``input_read`` gives.
+        seed: seeds ``random`` and every draw of the run (u64).
+        credit: bytes the guest may emit before the gateway grants more (:class:`Credit`).
+    """
+
+    run: int
+    tenant: str
+    module: str
+    artifact: str
+    input: bytes
+    seed: int
+    limits: RunLimits
+    credit: int = 65_536
+
+
+class CancelRun(_Message, tag="cancel"):
+    run: int
+    reason: str
+
+
+class ClientMessage(_Message, tag="msg"):
+    """Data for the guest's ``recv``."""
+
+    run: int
+    data: bytes
+
+
+class Credit(_Message, tag="credit"):
+    """The client has taken ``size`` bytes of output: the guest may emit as many more."""
+
+    run: int
+    size: int
+
+
+class StoreReply(_Message, tag="store"):
+    """Answer to :class:`StoreGet` (``value``) and :class:`StoreSet`; ``code`` is 0 or an ABI error."""
+
+    call: int
+    code: int
+    value: bytes | None = None
+    message: str = ""
+
+
+class Shutdown(_Message, tag="shutdown"):
+    """End all runs and exit."""
+
+
+GatewayToWorker = Union[StartRun, CancelRun, ClientMessage, Credit, StoreReply, Shutdown]
+
+# --- worker -> gateway --------------------------------------------------------------------------
+
+
+class Usage(msgspec.Struct, array_like=True, gc=False):
+    """What a run took.
+
+    Attributes:
+        prompt_tokens: tokens given to ``forward`` that no ``forward`` had sampled just before.
+        new_tokens: tokens sampled by the engine or by ``sample``.
+        cached_tokens: of the prompt, how many the prefix cache held.
+        first_call_seconds: from ``StartRun`` to the guest's first host call.
+    """
+
+    fuel: int = 0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    cached_tokens: int = 0
+    memory_bytes: int = 0
+    host_calls: int = 0
+    output_bytes: int = 0
+    wall_seconds: float = 0.0
+    first_call_seconds: float = 0.0
+
+
+class ErrorInfo(msgspec.Struct, array_like=True, gc=False):
+    """A :class:`realm.errors.RealmError` on its way to a client."""
+
+    code: str
+    message: str
+    details: dict[str, Any] = {}
+    retry_after: float | None = None
+
+
+class Output(_Message, tag="out"):
+    """Bytes the guest emitted, in order. ``tokens`` is new_tokens of the run so far."""
+
+    run: int
+    data: bytes
+    tokens: int
+
+
+class Log(_Message, tag="log"):
+    """``level`` is one of debug, info, warning, error."""
+
+    run: int
+    level: str
+    text: str
+
+
+class StoreGet(_Message, tag="get"):
+    call: int
+    run: int
+    key: str
+
+
+class StoreSet(_Message, tag="set"):
+    call: int
+    run: int
+    key: str
+    value: bytes
+
+
+class RunFinished(_Message, tag="fin"):
+    """The last event of a run. ``outcome`` is complete, error or cancelled.
+
+    ``code`` is what the guest's ``run`` returned (0 when it did not return).
+    """
+
+    run: int
+    outcome: str
+    code: int
+    error: ErrorInfo | None
+    usage: Usage
+
+
+WorkerEvent = Union[Output, Log, StoreGet, StoreSet, RunFinished]
+
+
+class WorkerEvents(_Message, tag="events"):
+    events: list[WorkerEvent]
+
+
+# --- what each process decodes ------------------------------------------------------------------
+
+ToEngine = Union[WorkerHello, WorkerTurn, GatewayHello, StatsRequest, WorkerLost]
+EngineToWorker = EngineReply
+EngineToGateway = Union[EngineReady, EngineStats]
+WorkerToGateway = Union[WorkerHello, WorkerEvents]
