@@ -1,0 +1,187 @@
+"""Paged attention from torch operations, for CPUs (and as the readable reference).
+
+The cache of a layer is one tensor [2, kv_heads, pages, PAGE_SIZE, head_dim], keys first. A page of
+one head is 2 KiB in one piece, and one gather of such pieces gives the contiguous
+[2, sequences, kv_heads, length, head_dim] that batched matrix products are fast on.
+
+* *Decode* (one new token a sequence): sequences of like length are gathered together and go
+  through two batched products, with the query heads that share a KV head as rows, so nothing is
+  repeated for grouped queries. A group holds lengths within :data:`GROUP_RATIO` of each other:
+  padding is bounded by that, not by the longest of the step.
+* *Prefill* (a chunk of new tokens): each sequence by itself, causal against all it has so far.
+
+Measured on two AVX512-BF16 cores, bf16, 3 KV heads of 64, group of 3, a layer's decode without the
+gather: 0.10 ms for 32 sequences of 128 tokens and 0.78 ms for 32 of 1,024, where
+``scaled_dot_product_attention`` took 0.25 and 2.3 ms, and one call of it a sequence 0.64 and 5.3 ms.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from realm.engine.kv_cache import PAGE_SIZE
+
+GROUP_RATIO = 1.5
+"""Longest over shortest page count in a decode group. A further group costs some 25 us a layer."""
+GROUP_SLACK = 4
+"""Page counts up to this much apart always share a group."""
+
+
+@dataclass(frozen=True)
+class SequenceRows:
+    """One sequence's part of a flat batch: ``count`` rows; ``length`` tokens in all after the step."""
+
+    count: int
+    length: int
+    pages: list[int]
+
+
+@dataclass(frozen=True)
+class _DecodeGroup:
+    """Rows ``first:last`` of the batch; ``pieces`` indexes head-pages of the cache."""
+
+    first: int
+    last: int
+    pieces: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class _Prefill:
+    first: int
+    last: int
+    pieces: Tensor
+    length: int
+    mask: Tensor | None
+
+
+class KvCache:
+    """Keys and values of all pages, one tensor a layer.
+
+    Memory is committed by the kernel when a page is first written, so an idle engine stays small.
+    """
+
+    def __init__(
+        self, layers: int, pages: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shape = (2, kv_heads, pages, PAGE_SIZE, head_dim)
+        # Zeros, not empty: a masked position is still multiplied by its weight of 0, and 0 * NaN is NaN.
+        self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+        # Where the head-pages of page 0 lie in the flattened cache, [2, kv_heads].
+        self.offsets = np.arange(2 * kv_heads).reshape(2, kv_heads) * pages
+
+    def copy(self, pairs: list[tuple[int, int]]) -> None:
+        """Copy whole pages, (source, destination); destinations are distinct."""
+        source = torch.tensor([pair[0] for pair in pairs])
+        destination = torch.tensor([pair[1] for pair in pairs])
+        for layer in self.layers:
+            # The right side is gathered before anything is written.
+            layer[:, :, destination] = layer[:, :, source]
+
+    def pieces(self, table: np.ndarray) -> Tensor:
+        """Indices of head-pages for a table of pages [sequences, n]: [2 * sequences * kv_heads * n]."""
+        pieces = self.offsets[:, None, :, None] + table[None, :, None, :]
+        return torch.from_numpy(pieces.reshape(-1))
+
+
+def decode_order(lengths: list[int]) -> list[int]:
+    """Order in which decoding sequences should lie in the batch: by length, so groups are runs."""
+    return sorted(range(len(lengths)), key=lengths.__getitem__)
+
+
+def _hide(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive mask: -inf where ``hidden``."""
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
+
+
+class PagedAttention:
+    """Attention of one step. Built once a step; called once a layer by the model."""
+
+    def __init__(self, cache: KvCache, rows: list[SequenceRows], dtype: torch.dtype) -> None:
+        """``rows`` in batch order: first those of one row, ascending in length, then the others."""
+        self._cache = cache
+        self._dtype = dtype
+        self._groups: list[_DecodeGroup] = []
+        self._prefills: list[_Prefill] = []
+        decodes = 0
+        while decodes < len(rows) and rows[decodes].count == 1:
+            decodes += 1
+        at = 0
+        while at < decodes:
+            at = self._add_group(rows, at, decodes)
+        row = decodes
+        for part in rows[decodes:]:
+            self._prefills.append(self._prefill(part, row))
+            row += part.count
+        positions = [np.arange(part.length - part.count, part.length) for part in rows]
+        pages = [
+            np.asarray(part.pages, dtype=np.int64)[position // PAGE_SIZE]
+            for part, position in zip(rows, positions, strict=True)
+        ]
+        flat = np.concatenate(positions)
+        self.positions = torch.from_numpy(flat)
+        self._slots = torch.from_numpy(np.concatenate(pages) * PAGE_SIZE + flat % PAGE_SIZE)
+
+    def _add_group(self, rows: list[SequenceRows], first: int, end: int) -> int:
+        """Add the decode group that starts at ``first``; returns where the next one starts."""
+        shortest = -(-rows[first].length // PAGE_SIZE)
+        limit = max(shortest * GROUP_RATIO, shortest + GROUP_SLACK)
+        last = first
+        while last < end and -(-rows[last].length // PAGE_SIZE) <= limit:
+            last += 1
+        longest = -(-rows[last - 1].length // PAGE_SIZE)
+        table = np.zeros((last - first, longest), dtype=np.int64)
+        lengths = np.empty((last - first, 1), dtype=np.int64)
+        for index, part in enumerate(rows[first:last]):
+            used = -(-part.length // PAGE_SIZE)
+            table[index, :used] = part.pages[:used]
+            lengths[index, 0] = part.length
+        hidden = torch.from_numpy(np.arange(longest * PAGE_SIZE) >= lengths)
+        kv_heads = self._cache.offsets.shape[1]
+        mask = _hide(hidden, self._dtype).repeat_interleave(kv_heads, dim=0).unsqueeze(1)
+        self._groups.append(_DecodeGroup(first, last, self._cache.pieces(table), mask))
+        return last
+
+    def _prefill(self, part: SequenceRows, row: int) -> _Prefill:
+        used = -(-part.length // PAGE_SIZE)
+        mask = None
+        if part.count < part.length:
+            start = part.length - part.count
+            ahead = torch.arange(part.length) > torch.arange(start, part.length).unsqueeze(1)
+            mask = _hide(ahead, self._dtype)
+        pieces = self._cache.pieces(np.asarray(part.pages[:used], dtype=np.int64)[None, :])
+        return _Prefill(row, row + part.count, pieces, part.length, mask)
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """See :class:`realm.models.llama.Attention`."""
+        cache = self._cache.layers[layer]
+        _, heads, dim = query.shape
+        kv_heads = key.shape[1]
+        slots = cache.view(2, kv_heads, -1, dim)
+        slots[0].index_copy_(1, self._slots, key.transpose(0, 1))
+        slots[1].index_copy_(1, self._slots, value.transpose(0, 1))
+        pages = cache.view(-1, PAGE_SIZE * dim)
+        parts: list[Tensor] = []
+        for group in self._groups:
+            batch = (group.last - group.first) * kv_heads
+            keys, values = pages.index_select(0, group.pieces).view(2, batch, -1, dim)
+            queries = query[group.first : group.last].reshape(batch, heads // kv_heads, dim)
+            scores = torch.baddbmm(group.mask, queries, keys.transpose(1, 2), alpha=dim**-0.5)
+            parts.append(torch.bmm(torch.softmax(scores, dim=-1), values).view(-1, heads * dim))
+        for part in self._prefills:
+            kv = pages.index_select(0, part.pieces).view(2, 1, kv_heads, -1, dim)[:, :, :, : part.length]
+            attended = F.scaled_dot_product_attention(
+                query[part.first : part.last].transpose(0, 1).unsqueeze(0),
+                kv[0],
+                kv[1],
+                attn_mask=part.mask,
+                is_causal=part.mask is None,
+                enable_gqa=heads != kv_heads,
+            )
+            parts.append(attended[0].transpose(0, 1).reshape(-1, heads * dim))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
