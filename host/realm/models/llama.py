@@ -43,7 +43,7 @@ class Linear:
         self._packed = (
             weight.device.type == "cpu"
             and weight.dtype == torch.bfloat16
-            and torch.backends.mkldnn.is_available()
+            and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
             and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         )
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()) if self._packed else weight
