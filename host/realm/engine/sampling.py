@@ -97,8 +97,9 @@ def _draw_rows(shaped: Tensor, params: list[SamplingParams], tokens: Tensor) -> 
         whole += _draw_from_top(shaped, params, filtered, min(CANDIDATES, shaped.shape[1]), tokens)
     if whole:
         rows = torch.tensor(whole, device=shaped.device)
-        scaled = shaped[rows] / _column(params, whole, "temperature")
-        weights = (scaled - scaled.amax(-1, keepdim=True)).exp()
+        # In place where nothing needs the value again: a pass over 32 rows costs about 1 ms.
+        scaled = shaped[rows].div_(_column(params, whole, "temperature"))
+        weights = (scaled - scaled.amax(-1, keepdim=True)).exp_()
         top_k, top_p = _column(params, whole, "top_k"), _column(params, whole, "top_p").double()
         if bool((top_k > 0).any()):
             most = torch.where(top_k > 0, top_k, float(shaped.shape[1])).double()
@@ -106,7 +107,9 @@ def _draw_rows(shaped: Tensor, params: list[SamplingParams], tokens: Tensor) -> 
         if bool((top_p < 1).any()):
             total = weights.sum(-1, keepdim=True, dtype=torch.float64)
             weights = _keep_mass(scaled, weights, weights, torch.where(top_p < 1, top_p * total, torch.inf))
-        weights = torch.where(weights >= _column(params, whole, "min_p"), weights, 0.0)
+        min_p = _column(params, whole, "min_p")
+        if bool((min_p > 0).any()):
+            weights = torch.where(weights >= min_p, weights, 0.0)
         tokens[rows] = _search(weights, _column(params, whole, "uniform"))
 
 
@@ -149,7 +152,7 @@ def _draw_from_top(
     """Draw for the rows that the ``size`` most likely tokens decide; returns the undecided rows."""
     vocab = shaped.shape[1]
     at = torch.tensor(rows, device=shaped.device)
-    scaled = shaped[at] / _column(params, rows, "temperature")
+    scaled = shaped[at].div_(_column(params, rows, "temperature"))
     values, ids = scaled.topk(size, dim=-1)
     # topk orders equal values as it likes: order them by id.
     ids, by_id = ids.sort(-1)
@@ -164,7 +167,7 @@ def _draw_from_top(
     mass = weights.cumsum(-1)
     total = mass[:, -1:]
     if size < vocab and bool((top_k > size).any()):
-        everything = (scaled - best).exp().sum(-1, keepdim=True, dtype=torch.float64)
+        everything = (scaled - best).exp_().sum(-1, keepdim=True, dtype=torch.float64)
         total = torch.where(top_k > size, everything, total)
     top_p = _column(params, rows, "top_p").double()
     # A weight of 0 (masked out) is never kept, so a narrow mask is decided by the first candidates.
@@ -193,7 +196,9 @@ def _first_above(cumulative: Tensor, uniform: Tensor) -> Tensor:
 def _search(weights: Tensor, uniform: Tensor) -> Tensor:
     """Inverse CDF over the whole vocabulary, [m]: sums of chunks first, then within one chunk."""
     count, vocab = weights.shape
-    padded = torch.nn.functional.pad(weights, (0, -vocab % _CHUNK)).view(count, -1, _CHUNK)
+    if vocab % _CHUNK:
+        weights = torch.nn.functional.pad(weights, (0, -vocab % _CHUNK))
+    padded = weights.view(count, -1, _CHUNK)
     sums = padded.sum(-1, dtype=torch.float64).cumsum(-1)
     chunk = _first_above(sums, uniform)
     before = torch.where(chunk > 0, sums.gather(1, (chunk - 1).clamp(min=0)), 0.0)
