@@ -119,9 +119,13 @@ class BlockingChannel(Generic[T]):
 
 
 def connect(path: str) -> socket.socket:
-    """A stream socket connected to the Unix socket at ``path``."""
+    """A stream socket connected to the Unix socket at ``path``. Raises OSError if nobody listens."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    sock.connect(path)
+    try:
+        sock.connect(path)
+    except OSError:
+        sock.close()
+        raise
     return sock
 
 

@@ -1,0 +1,93 @@
+"""Frames between processes: any split of the bytes, both pipes full, a peer that lies or goes."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from realm.channel import MAX_FRAME, BlockingChannel, ChannelClosed, FrameBuffer, frame
+from realm.messages import ToEngine, WorkerHello, WorkerTurn
+
+
+@given(st.lists(st.binary(max_size=300)), st.data())
+def test_any_split_gives_the_same_frames(payloads: list[bytes], data: st.DataObject) -> None:
+    stream = b"".join(frame(payload) for payload in payloads)
+    buffer, got = FrameBuffer(), []
+    while stream:
+        size = data.draw(st.integers(1, len(stream)))
+        buffer.feed(stream[:size])
+        stream = stream[size:]
+        while (payload := buffer.pop()) is not None:
+            got.append(payload)
+    assert got == payloads
+    assert buffer.pop() is None
+
+
+def test_a_hostile_length_is_refused_before_anything_is_kept() -> None:
+    with pytest.raises(ValueError, match="over the limit"):
+        FrameBuffer().feed(struct.pack("<I", MAX_FRAME + 1))
+
+
+def pair() -> tuple[BlockingChannel[object], BlockingChannel[object]]:
+    a, b = socket.socketpair()
+    return BlockingChannel(a, ToEngine), BlockingChannel(b, ToEngine)
+
+
+def test_messages_arrive_in_order_and_typed() -> None:
+    a, b = pair()
+    a.send(WorkerHello(3, 99))
+    a.send(WorkerTurn([], 5))
+    assert b.receive() == [WorkerHello(3, 99), WorkerTurn([], 5)]
+    assert b.receive() == []
+    a.close()
+    b.close()
+
+
+def test_two_full_pipes_do_not_lock_up() -> None:
+    a, b = socket.socketpair()
+    left: BlockingChannel[bytes] = BlockingChannel(a, bytes)
+    right: BlockingChannel[bytes] = BlockingChannel(b, bytes)
+    big = bytes(8 << 20)
+    got: list[bytes] = []
+
+    def other_end() -> None:
+        left.send(big)
+        while not got:
+            got.extend(left.receive())
+
+    thread = threading.Thread(target=other_end, daemon=True)
+    thread.start()
+    right.send(big)
+    thread.join(10)
+    assert got == [big]
+    assert right.receive() == [big]
+    left.close()
+    right.close()
+
+
+def test_a_closed_peer_is_said_so_on_both_ways() -> None:
+    a, b = pair()
+    a.close()
+    with pytest.raises(ChannelClosed):
+        b.receive()
+    with pytest.raises(ChannelClosed):
+        for _ in range(10):
+            b.send(WorkerTurn([], 1))
+    b.close()
+
+
+@pytest.mark.parametrize("payload", [b"\xc1", b"\x92\xa5other\x01", b"\x92\xa5hello\xa1x", b""])
+def test_a_frame_that_is_no_message_raises(payload: bytes) -> None:
+    a, b = socket.socketpair()
+    channel: BlockingChannel[object] = BlockingChannel(b, ToEngine)
+    a.sendall(frame(payload))
+    with pytest.raises(msgspec.MsgspecError):
+        channel.receive()
+    a.close()
+    channel.close()
