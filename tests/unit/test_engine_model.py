@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
 from realm.errors import RealmError
 from realm.models.config import ModelConfig
-
 from tests.tiny import SHAPE, VARIANTS, Driver, make_engine, make_model, oracle_logits
 
 
@@ -58,6 +61,10 @@ def test_decoding_in_a_mixed_batch_equals_transformers(tmp_path: Path) -> None:
         ({"rope_theta": float("inf")}, "rope_theta"),
         ({"num_hidden_layers": True}, "num_hidden_layers"),
         ({"head_dim": 7}, "head_dim"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps"),
+        ({"rope_scaling": [8]}, "rope_scaling"),
+        ({"eos_token_id": [2, "x"]}, "eos_token_id"),
+        ({"bos_token_id": True}, "bos_token_id"),
     ],
 )
 def test_a_wrong_configuration_names_the_field(change: dict[str, object], field: str) -> None:
@@ -65,6 +72,18 @@ def test_a_wrong_configuration_names_the_field(change: dict[str, object], field:
         ModelConfig.parse({"architectures": ["LlamaForCausalLM"], **SHAPE, **change})
     assert caught.value.code == "model_invalid"
     assert caught.value.details["field"] == field
+
+
+junk = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+)
+
+
+@given(st.dictionaries(st.sampled_from([*SHAPE, "rope_scaling", "rope_theta", "rms_norm_eps", "head_dim"]), junk))
+def test_no_configuration_raises_anything_else(change: dict[str, object]) -> None:
+    with contextlib.suppress(RealmError):
+        ModelConfig.parse({"architectures": ["LlamaForCausalLM"], **SHAPE, **change})
 
 
 def test_a_missing_or_misshapen_tensor_is_named(tmp_path: Path) -> None:

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from realm.errors import RealmError
+from realm.models.json_files import read_object
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 """The Llama family: they differ in biases and in RoPE, not in the way of a token."""
@@ -63,14 +62,7 @@ class ModelConfig:
         Raises:
             RealmError: ``model_invalid`` naming the field that is missing, wrong or unsupported.
         """
-        path = folder / "config.json"
-        try:
-            raw = msgspec.json.decode(path.read_bytes())
-        except (OSError, msgspec.DecodeError) as error:
-            raise RealmError("model_invalid", f"{path.name} cannot be read: {error}") from error
-        if not isinstance(raw, dict):
-            raise RealmError("model_invalid", "config.json is not a JSON object")
-        return cls.parse(raw)
+        return cls.parse(read_object(folder / "config.json"))
 
     @classmethod
     def parse(cls, raw: dict[str, Any]) -> ModelConfig:
@@ -94,13 +86,10 @@ class ModelConfig:
         window = raw.get("sliding_window")
         if isinstance(window, int) and raw.get("use_sliding_window", architecture == "MistralForCausalLM"):
             context = min(context, window)
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        theta = raw.get("rope_theta", rope.get("rope_theta", 10000.0))
-        if not isinstance(theta, int | float) or not math.isfinite(theta) or theta <= 0:
-            raise _invalid("rope_theta", f"is {theta!r}; a positive number is needed")
+        rope = _object(raw, "rope_parameters") or _object(raw, "rope_scaling")
+        theta = _number({"rope_theta": 10000.0, **rope, **raw}, "rope_theta")
         qwen = architecture == "Qwen2ForCausalLM"
         attention_bias = bool(raw.get("attention_bias", False))
-        eos = raw.get("eos_token_id")
         return cls(
             architecture=architecture,
             vocab_size=_integer(raw, "vocab_size", 1, 1 << 22),
@@ -111,15 +100,15 @@ class ModelConfig:
             kv_heads=kv_heads,
             head_dim=head_dim,
             context_length=context,
-            norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-            rope_theta=float(theta),
+            norm_eps=_number({"rms_norm_eps": 1e-6, **raw}, "rms_norm_eps"),
+            rope_theta=theta,
             rope_scaling=_rope_scaling(rope),
             tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
             qkv_bias=qwen or attention_bias,
             output_bias=attention_bias and not qwen,
             mlp_bias=bool(raw.get("mlp_bias", False)),
-            bos=raw.get("bos_token_id") if isinstance(raw.get("bos_token_id"), int) else None,
-            eos=frozenset(eos if isinstance(eos, list) else [eos] if isinstance(eos, int) else []),
+            bos=next(iter(_token_ids(raw, "bos_token_id")), None),
+            eos=frozenset(_token_ids(raw, "eos_token_id")),
         )
 
 
@@ -136,20 +125,38 @@ def _integer(raw: dict[str, Any], field: str, low: int, high: int, default: int 
     return value
 
 
-def _rope_scaling(rope: Any) -> RopeScaling | None:
-    if not isinstance(rope, dict):
-        raise _invalid("rope_scaling", "is not an object")
-    kind = rope.get("rope_type", rope.get("type", "default"))
+def _number(raw: dict[str, Any], field: str, owner: str = "") -> float:
+    value = raw.get(field)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        name = owner or field
+        raise _invalid(name, f"{'has ' + field + ' ' if owner else 'is '}{value!r}; a positive number is needed")
+    return float(value)
+
+
+def _object(raw: dict[str, Any], field: str) -> dict[str, Any]:
+    value = raw.get(field)
+    if value is not None and not isinstance(value, dict):
+        raise _invalid(field, f"is {str(value)[:50]!r}; an object is needed")
+    return value or {}
+
+
+def _token_ids(raw: dict[str, Any], field: str) -> list[int]:
+    value = raw.get(field)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+        raise _invalid(field, f"is {str(value)[:50]!r}; token ids are needed")
+    return ids
+
+
+def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
+    kind = rope.get("rope_type", rope.get("type", None if "factor" in rope else "default"))
     if kind == "default":
         return None
     if kind != "llama3":
         raise _invalid("rope_scaling", f"has type {kind!r}; supported are default and llama3")
-    try:
-        return RopeScaling(
-            factor=float(rope["factor"]),
-            low_freq_factor=float(rope["low_freq_factor"]),
-            high_freq_factor=float(rope["high_freq_factor"]),
-            original_context=int(rope["original_max_position_embeddings"]),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise _invalid("rope_scaling", f"lacks or misstates {error}") from error
+    return RopeScaling(
+        factor=_number(rope, "factor", "rope_scaling"),
+        low_freq_factor=_number(rope, "low_freq_factor", "rope_scaling"),
+        high_freq_factor=_number(rope, "high_freq_factor", "rope_scaling"),
+        original_context=int(_number(rope, "original_max_position_embeddings", "rope_scaling")),
+    )
