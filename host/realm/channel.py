@@ -106,12 +106,22 @@ class BlockingChannel(Generic[T]):
         return True
 
     def receive(self) -> list[T]:
-        """All messages that have arrived, without waiting. Raises :class:`ChannelClosed`."""
-        while self._fill():
-            pass
+        """All messages that have arrived, without waiting.
+
+        Raises:
+            ChannelClosed: the other end is closed and everything it sent has been given.
+        """
+        closed: ChannelClosed | None = None
+        try:
+            while self._fill():
+                pass
+        except ChannelClosed as error:
+            closed = error
         messages: list[T] = []
         while (data := self._buffer.pop()) is not None:
             messages.append(self._decoder.decode(data))
+        if closed and not messages:
+            raise closed
         return messages
 
     def close(self) -> None:

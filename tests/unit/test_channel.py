@@ -82,6 +82,16 @@ def test_a_closed_peer_is_said_so_on_both_ways() -> None:
     b.close()
 
 
+def test_the_last_words_of_a_closed_peer_are_heard() -> None:
+    a, b = pair()
+    a.send(WorkerHello(3, 99))
+    a.close()
+    assert b.receive() == [WorkerHello(3, 99)]
+    with pytest.raises(ChannelClosed):
+        b.receive()
+    b.close()
+
+
 @pytest.mark.parametrize("payload", [b"\xc1", b"\x92\xa5other\x01", b"\x92\xa5hello\xa1x", b""])
 def test_a_frame_that_is_no_message_raises(payload: bytes) -> None:
     a, b = socket.socketpair()
