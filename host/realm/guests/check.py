@@ -1,0 +1,180 @@
+"""What a guest module must be: sizes, imports, exports, ABI version.
+
+:func:`check_bytes` looks at the first bytes only and may run anywhere. The rest takes the module
+apart with Wasmtime and runs a bit of it, so it belongs in the compiler's child process.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import wasmtime
+
+from realm.errors import RealmError
+from realm.guests import abi, wasi
+from realm.guests.fibers import Engine
+
+MAX_MODULE_BYTES = 16 << 20
+MAX_START_MEMORY = 512 << 20
+"""Most memory in bytes that a module may ask for while its version is read."""
+VERSION_FUEL = 10_000_000
+"""Fuel for the start function and ``realm_abi_version``."""
+MAX_EXPORTS = 10_000
+MAX_IMPORTS = 1_000
+
+_CORE = b"\0asm\1\0\0\0"
+_COMPONENT = b"\0asm\x0d\0\1\0"
+
+
+def check_bytes(head: bytes, size: int, limit: int = MAX_MODULE_BYTES) -> None:
+    """Refuse what is not a core WASM module by its size and first bytes.
+
+    Raises:
+        RealmError: ``module_too_large`` or ``module_invalid``.
+    """
+    if size > limit:
+        raise RealmError(
+            "module_too_large",
+            f"the module has {size:,} bytes; at most {limit:,} are taken",
+            details={"limit": limit, "used": size},
+        )
+    if head.startswith(_CORE):
+        return
+    if head.startswith(_COMPONENT):
+        problem = "it is a component; Realm takes core modules (build without componentizing)"
+    elif head.startswith(b"\x7fELF"):
+        problem = "it is native code; precompiled modules are not taken, send the .wasm"
+    elif head.lstrip().startswith(b"(module"):
+        problem = "it is WebAssembly text; convert it first (wat2wasm)"
+    elif head.startswith(b"\0asm"):
+        problem = "its version of WebAssembly is unknown"
+    else:
+        problem = "it does not begin as a WebAssembly module does"
+    raise RealmError("module_invalid", f"the file is no module that Realm can run: {problem}")
+
+
+def _signature(kind: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    return tuple(str(p) for p in kind.params), tuple(str(r) for r in kind.results)
+
+
+def _text(signature: tuple[tuple[str, ...], tuple[str, ...]]) -> str:
+    return f"({', '.join(signature[0])}) -> {', '.join(signature[1]) or 'nothing'}"
+
+
+def allowed_imports() -> dict[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...]]]:
+    """(module, name) -> (parameter types, result types) of everything a guest may import."""
+    allowed: dict[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...]]] = {
+        (abi.IMPORT_MODULE, f.name): (tuple(abi.wasm_parameters(f)), (f.result,)) for f in abi.FUNCTIONS
+    }
+    for name in wasi.SIGNATURES:
+        result = wasi.result(name)
+        types = tuple("i64" if kind == "u64" else "i32" for kind in wasi.parameters(name))
+        allowed[(wasi.IMPORT_MODULE, name)] = (types, () if result is None else (result,))
+    return allowed
+
+
+def check_imports(module: wasmtime.Module) -> list[str]:
+    """The names of the module's imports, each ``module.name``.
+
+    Raises:
+        RealmError: ``module_import_unknown`` with the list of what may be imported.
+    """
+    allowed = allowed_imports()
+    names: list[str] = []
+    unknown: list[str] = []
+    problems: list[str] = []
+    imports = module.imports
+    if len(imports) > MAX_IMPORTS:
+        raise RealmError("module_invalid", f"the module has {len(imports):,} imports; at most {MAX_IMPORTS:,} are")
+    for item in imports:
+        name = f"{item.module}.{item.name}"[:200]
+        names.append(name)
+        wanted = allowed.get((item.module, item.name or ""))
+        if wanted is None:
+            unknown.append(name)
+            near = difflib.get_close_matches(item.name or "", [n for _, n in allowed], n=1)
+            problems.append(f"{name} is unknown" + (f" (did you mean {near[0]}?)" if near else ""))
+        elif not isinstance(item.type, wasmtime.FuncType):
+            unknown.append(name)
+            problems.append(f"{name} must be imported as a function")
+        elif _signature(item.type) != wanted:
+            unknown.append(name)
+            problems.append(f"{name} has type {_text(_signature(item.type))}; it must be {_text(wanted)}")
+    if unknown:
+        raise RealmError(
+            "module_import_unknown",
+            f"the module imports what Realm does not offer: {'; '.join(problems[:10])}",
+            details={"unknown": unknown[:100], "allowed": sorted(f"{m}.{n}" for m, n in allowed)},
+        )
+    return names
+
+
+_EXPORTS = {"realm_abi_version": ((), ("i32",)), "run": ((), ("i32",))}
+_OPTIONAL_EXPORTS = {"_initialize": ((), ())}
+
+
+def check_exports(module: wasmtime.Module) -> None:
+    """Raises RealmError ``module_export_missing`` naming each export that lacks or has a wrong type."""
+    exports = module.exports
+    if len(exports) > MAX_EXPORTS:
+        raise RealmError("module_invalid", f"the module has {len(exports):,} exports; at most {MAX_EXPORTS:,} are")
+    found = {item.name: item.type for item in exports}
+    missing: list[str] = []
+    problems: list[str] = []
+    for name, wanted in {**_EXPORTS, **_OPTIONAL_EXPORTS}.items():
+        kind = found.get(name)
+        if kind is None:
+            if name in _EXPORTS:
+                missing.append(name)
+                problems.append(f"a function {name}{_text(wanted)} is missing")
+        elif not isinstance(kind, wasmtime.FuncType) or _signature(kind) != wanted:
+            missing.append(name)
+            problems.append(f"{name} must be a function {_text(wanted)}")
+    if not isinstance(found.get("memory"), wasmtime.MemoryType):
+        missing.append("memory")
+        problems.append("the memory must be exported as memory")
+    if missing:
+        raise RealmError(
+            "module_export_missing",
+            f"the module lacks exports that Realm needs: {'; '.join(problems)}",
+            details={"missing": missing, "needed": ["memory", *_EXPORTS]},
+        )
+
+
+def check_version(engine: Engine, module: wasmtime.Module) -> None:
+    """Run ``realm_abi_version`` with little fuel and without host functions.
+
+    Raises:
+        RealmError: ``module_abi_version`` if it is not ours, ``module_invalid`` if it cannot be asked.
+    """
+    store = wasmtime.Store(engine.inner)
+    store.set_limits(memory_size=MAX_START_MEMORY, instances=1, memories=1)
+    store.set_fuel(VERSION_FUEL)
+    linker = wasmtime.Linker(engine.inner)
+    linker.define_unknown_imports_as_traps(module)
+    try:
+        instance = linker.instantiate(store, module)
+        function = instance.exports(store)["realm_abi_version"]
+        assert isinstance(function, wasmtime.Func)
+        version = function(store)
+    except (wasmtime.WasmtimeError, wasmtime.Trap) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise RealmError(
+            "module_invalid",
+            f"realm_abi_version() cannot be run (no host function may be called before run): {lines[-1][:300]}",
+        ) from None
+    if version != abi.ABI_VERSION:
+        raise RealmError(
+            "module_abi_version",
+            f"the module is built for ABI version {version}; this host has version {abi.ABI_VERSION}",
+            details={"version": version, "supported": [abi.ABI_VERSION]},
+        )
+
+
+def check_module(engine: Engine, module: wasmtime.Module) -> list[str]:
+    """All checks after compiling; gives the imports. Raises as the single ones."""
+    imports = check_imports(module)
+    check_exports(module)
+    check_version(engine, module)
+    return imports

@@ -1,0 +1,735 @@
+"""WASM guests as fibers: Wasmtime's async C API in a few small classes. The only file with ctypes.
+
+A :class:`Fiber` is one store, one instance and at most one call in flight. :meth:`Fiber.poll` runs
+the guest until it ends, waits inside a host function, or has used up its slice. Nothing here
+blocks, and no OS thread belongs to a guest.
+
+Rules that the C API leaves to its caller, and how they are kept:
+
+* One thread drives all fibers of a process, so ``_running`` (set around each poll) says which
+  guest a host function serves.
+* Host functions run on the guest's own stack of :data:`HOST_STACK` bytes: they decode, enqueue and
+  return. Deep or slow work is done by the caller of ``poll`` while the guest waits.
+* No exception may pass through C frames. A handler's exception ends that guest alone.
+* A memory's base is fixed by the engine's settings (it grows in place inside its reservation), and
+  its size is fetched again before any access is refused; see :class:`Memory`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import importlib.metadata
+import logging
+import struct
+from collections.abc import Callable
+from ctypes import byref, c_bool, c_int64, c_size_t, c_uint8, c_uint64, c_void_p
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import wasmtime
+from wasmtime import _bindings as raw
+from wasmtime import _ffi as ffi
+
+log = logging.getLogger("realm.guests")
+
+WASM_STACK: Final = 512 << 10
+"""Most stack of WASM frames in bytes; more is a trap of the guest."""
+HOST_STACK: Final = 512 << 10
+"""Stack left for host functions above the WASM frames, in bytes."""
+FUEL_SLICE: Final = 1_000_000
+"""Fuel after which a guest that only computes gives way (about 0.26 ms)."""
+CALLS_A_SLICE: Final = 256
+"""Host calls after which a guest that only calls the host gives way (some 0.5 ms)."""
+
+# A 4 GiB reservation lets the compiler drop bounds checks; 47 bits of addresses hold some 30,000
+# of them, more than the kernel's default number of mappings allows.
+_MEMORY_RESERVATION: Final = 4 << 30
+_MEMORY_GUARD: Final = 32 << 20
+
+# What the compiled code and the store depend on. Part of the key of cached artifacts.
+_SETTINGS: Final[dict[str, int | bool]] = {
+    "consume_fuel": True,
+    "max_wasm_stack": WASM_STACK,
+    "async_stack_size": WASM_STACK + HOST_STACK,
+    "memory_reservation": _MEMORY_RESERVATION,
+    "memory_guard_size": _MEMORY_GUARD,
+    "memory_may_move": False,
+    "wasm_simd": True,
+    "wasm_bulk_memory": True,
+    "wasm_multi_value": True,
+    "wasm_reference_types": True,
+    "wasm_tail_call": True,
+    "wasm_relaxed_simd": False,
+    "wasm_threads": False,
+    "shared_memory": False,
+    "wasm_multi_memory": False,
+    "wasm_memory64": False,
+    "wasm_function_references": False,
+    "wasm_gc": False,
+    "gc_support": False,
+    "wasm_exceptions": False,
+    "wasm_stack_switching": False,
+    "wasm_custom_page_sizes": False,
+    "wasm_wide_arithmetic": False,
+    "wasm_component_model": False,
+}
+
+ValueType = Literal["i32", "u32", "i64", "u64"]
+"""How a WASM value is read: the signedness is the host function's choice."""
+
+Handler = Callable[[Any, tuple[int, ...]], "int | None"]
+"""Serves one host function: (the fiber's guest, arguments) -> result, or None to keep it waiting."""
+
+
+class OutOfBounds(Exception):
+    """A pointer and length reach outside the guest's memory."""
+
+
+class GuestExit(Exception):
+    """Raised by a handler to end the guest at once, as ``proc_exit`` does."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+class FiberState(enum.Enum):
+    DONE = "done"
+    """``run`` returned, or the guest left by :class:`GuestExit`: see :attr:`Fiber.result`."""
+    WAITING = "waiting"
+    """Inside a host function whose handler gave no result yet: see :meth:`Fiber.resume`."""
+    YIELDED = "yielded"
+    """The slice is used up; poll again."""
+    TRAPPED = "trapped"
+    """See :attr:`Fiber.trap`."""
+
+
+@dataclass(frozen=True)
+class TrapInfo:
+    """Why a guest died. ``kind`` is a stable name such as ``unreachable``; frames are innermost first."""
+
+    kind: str
+    message: str
+    frames: tuple[str, ...] = ()
+
+
+# --- memory as the process sees it --------------------------------------------------------------
+
+# All addresses of the process as one buffer: copying through it costs 0.1 us, a third of what
+# ctypes' own functions take. Every use below is with an address from Wasmtime and checked bounds.
+_WINDOW: Final = memoryview((c_uint8 * (1 << 47)).from_address(0)).cast("B")
+_CONTINUATION: Final = struct.Struct("<QQQ")
+_I32_RESULT: Final = struct.Struct("<qi")
+_I64_RESULT: Final = struct.Struct("<qq")
+_POINTER: Final = struct.Struct("<Q")
+_VALUE_FORMAT: Final[dict[str, str]] = {"i32": "8xi20x", "u32": "8xI20x", "i64": "8xq16x", "u64": "8xQ16x"}
+_VALUE_SIZE: Final = ctypes.sizeof(ffi.wasmtime_val_t)
+
+# Bindings with plain addresses: ctypes makes no object for each argument, unlike with typed pointers.
+_fast = ctypes.CFUNCTYPE
+_quick = ctypes.PYFUNCTYPE  # does not release the interpreter lock: for calls that take nanoseconds
+_poll = _fast(c_bool, c_void_p)(("wasmtime_call_future_poll", ffi.dll))
+_delete_future = _fast(None, c_void_p)(("wasmtime_call_future_delete", ffi.dll))
+_memory_data = _quick(c_void_p, c_void_p, c_void_p)(("wasmtime_memory_data", ffi.dll))
+_memory_size = _quick(c_size_t, c_void_p, c_void_p)(("wasmtime_memory_data_size", ffi.dll))
+_store_new = _fast(c_void_p, c_void_p, c_void_p, c_void_p)(("wasmtime_store_new", ffi.dll))
+_store_context = _quick(c_void_p, c_void_p)(("wasmtime_store_context", ffi.dll))
+_store_delete = _fast(None, c_void_p)(("wasmtime_store_delete", ffi.dll))
+_store_limiter = _quick(None, c_void_p, c_int64, c_int64, c_int64, c_int64, c_int64)(
+    ("wasmtime_store_limiter", ffi.dll)
+)
+_set_fuel = _quick(c_void_p, c_void_p, c_uint64)(("wasmtime_context_set_fuel", ffi.dll))
+_get_fuel = _quick(c_void_p, c_void_p, c_void_p)(("wasmtime_context_get_fuel", ffi.dll))
+_yield_interval = _quick(c_void_p, c_void_p, c_uint64)(("wasmtime_context_fuel_async_yield_interval", ffi.dll))
+_instantiate = _fast(c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p)(
+    ("wasmtime_instance_pre_instantiate_async", ffi.dll)
+)
+_instantiate_pre = _fast(c_void_p, c_void_p, c_void_p, c_void_p)(("wasmtime_linker_instantiate_pre", ffi.dll))
+_pre_delete = _fast(None, c_void_p)(("wasmtime_instance_pre_delete", ffi.dll))
+_module_delete = _fast(None, c_void_p)(("wasmtime_module_delete", ffi.dll))
+_deserialize_file = _fast(c_void_p, c_void_p, ctypes.c_char_p, c_void_p)(("wasmtime_module_deserialize_file", ffi.dll))
+_call = _fast(c_void_p, c_void_p, c_void_p, c_void_p, c_size_t, c_void_p, c_size_t, c_void_p, c_void_p)(
+    ("wasmtime_func_call_async", ffi.dll)
+)
+_export_get = _fast(c_bool, c_void_p, c_void_p, ctypes.c_char_p, c_size_t, c_void_p)(
+    ("wasmtime_instance_export_get", ffi.dll)
+)
+_caller_export_get = _fast(c_bool, c_void_p, ctypes.c_char_p, c_size_t, c_void_p)(
+    ("wasmtime_caller_export_get", ffi.dll)
+)
+_define_async = _fast(
+    c_void_p,
+    c_void_p,
+    ctypes.c_char_p,
+    c_size_t,
+    ctypes.c_char_p,
+    c_size_t,
+    c_void_p,
+    c_void_p,
+    c_void_p,
+    c_void_p,
+)(("wasmtime_linker_define_async_func", ffi.dll))
+_trap_new = _fast(c_void_p, ctypes.c_char_p, c_size_t)(("wasmtime_trap_new", ffi.dll))
+_trap_delete = _fast(None, c_void_p)(("wasm_trap_delete", ffi.dll))
+_HostCallback = ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_void_p, c_size_t, c_void_p, c_size_t, c_void_p, c_void_p)
+_ResumeCallback = ctypes.CFUNCTYPE(c_bool, c_void_p)
+
+_running: Fiber | None = None
+# KeyboardInterrupt and the like that struck inside a host function: raised again after the poll.
+_struck: BaseException | None = None
+
+
+def _may_resume(_env: int | None) -> bool:
+    """Asked by Wasmtime in each poll of a guest inside a host function: may it go on?"""
+    fiber = _running
+    if fiber is None or fiber.waiting:
+        return False
+    if fiber._held:
+        fiber._held = False
+        return False
+    return True
+
+
+_resume: Final = _ResumeCallback(_may_resume)
+_RESUME_ADDRESS: Final = ctypes.cast(_resume, c_void_p).value
+
+
+class Memory:
+    """A guest's linear memory: every access is checked as unsigned and complete, or refused.
+
+    The engine is set so that memories grow in place, so the base is fixed; the size only grows, so
+    a size that is out of date can refuse but never allow, and is fetched again before it refuses.
+    """
+
+    __slots__ = ("_base", "_context", "_export", "_size")
+
+    def __init__(self) -> None:
+        self._base = 0
+        self._size = 0
+        self._context = 0
+        self._export = 0
+
+    def _attach(self, context: int, export: int) -> None:
+        self._context, self._export = context, export
+        self._base = _memory_data(context, export) or 0
+        self._size = _memory_size(context, export)
+
+    def _detach(self) -> None:
+        """The store is about to go: nothing may reach the memory from now on."""
+        self._base = self._size = self._context = self._export = 0
+
+    @property
+    def size(self) -> int:
+        """Size in bytes; 0 before there is one and after the fiber's end."""
+        if self._export:
+            self._size = _memory_size(self._context, self._export)
+        return self._size
+
+    def check(self, pointer: int, length: int) -> None:
+        """Raise :class:`OutOfBounds` unless ``length`` bytes at ``pointer`` are inside."""
+        end = pointer + length
+        if pointer < 0 or length < 0 or (end > self._size and end > self.size):
+            raise OutOfBounds
+
+    def read(self, pointer: int, length: int) -> bytes:
+        """A copy of ``length`` bytes."""
+        end = pointer + length
+        if pointer < 0 or length < 0 or (end > self._size and end > self.size):
+            raise OutOfBounds
+        base = self._base
+        return _WINDOW[base + pointer : base + end].tobytes()
+
+    def write(self, pointer: int, data: bytes) -> None:
+        """Copy all of ``data`` to ``pointer``."""
+        end = pointer + len(data)
+        if pointer < 0 or (end > self._size and end > self.size):
+            raise OutOfBounds
+        base = self._base
+        _WINDOW[base + pointer : base + end] = data
+
+    def unpack(self, layout: struct.Struct, pointer: int) -> tuple[Any, ...]:
+        """The fields of a struct."""
+        end = pointer + layout.size
+        if pointer < 0 or (end > self._size and end > self.size):
+            raise OutOfBounds
+        return layout.unpack_from(_WINDOW, self._base + pointer)
+
+    def pack(self, layout: struct.Struct, pointer: int, *values: float) -> None:
+        """Write a struct."""
+        end = pointer + layout.size
+        if pointer < 0 or (end > self._size and end > self.size):
+            raise OutOfBounds
+        layout.pack_into(_WINDOW, self._base + pointer, *values)
+
+
+def _error_text(error: int) -> str:
+    """The message of a ``wasmtime_error_t``, which is then freed."""
+    pointer = ctypes.cast(error, ctypes.POINTER(raw.wasmtime_error_t))
+    text = ffi.wasm_byte_vec_t()
+    raw.wasmtime_error_message(pointer, byref(text))
+    raw.wasmtime_error_delete(pointer)
+    return _take_text(text)
+
+
+def _take_text(text: Any) -> str:
+    value: str = ctypes.string_at(text.data, text.size).decode("utf-8", "replace") if text.size else ""
+    raw.wasm_byte_vec_delete(byref(text))
+    return value.rstrip("\0")
+
+
+class EngineFailure(Exception):
+    """Wasmtime refused something that the host asked for; the message is Wasmtime's."""
+
+
+def _check(error: int | None) -> None:
+    if error:
+        raise EngineFailure(_error_text(error))
+
+
+# --- engine, linker, module ---------------------------------------------------------------------
+
+
+def settings_fingerprint() -> str:
+    """Text that changes whenever compiled artifacts would: version and settings."""
+    return (
+        importlib.metadata.version("wasmtime")
+        + ";"
+        + ";".join(f"{name}={int(value)}" for name, value in _SETTINGS.items())
+    )
+
+
+class Engine:
+    """Wasmtime's engine with Realm's settings. One per process is enough."""
+
+    def __init__(self) -> None:
+        config = wasmtime.Config()
+        for name, value in _SETTINGS.items():
+            getattr(raw, f"wasmtime_config_{name}_set")(config.ptr(), value)
+        self.inner = wasmtime.Engine(config)
+        self.address = ctypes.cast(self.inner.ptr(), c_void_p).value
+
+
+class Linker:
+    """The host functions, defined once per process and shared by all modules."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._inner = wasmtime.Linker(engine.inner)
+        self.address = ctypes.cast(self._inner.ptr(), c_void_p).value
+        self._kept: list[Any] = []
+
+    def define(
+        self,
+        module: str,
+        name: str,
+        parameters: tuple[ValueType, ...],
+        result: Literal["i32", "i64"] | None,
+        handler: Handler,
+    ) -> None:
+        """Make ``handler`` importable as ``module.name``."""
+        types = {"i": wasmtime.ValType.i32, "u": wasmtime.ValType.i32}
+        wide = {"i64": wasmtime.ValType.i64, "u64": wasmtime.ValType.i64}
+        kind = wasmtime.FuncType(
+            [wide[p]() if p in wide else types[p[0]]() for p in parameters],
+            [] if result is None else [wide[result]() if result in wide else types[result[0]]()],
+        )
+        callback = _HostCallback(_host_function(f"{module}.{name}", parameters, result, handler))
+        self._kept.append(callback)
+        module_name, function_name = module.encode(), name.encode()
+        _check(
+            _define_async(
+                self.address,
+                module_name,
+                len(module_name),
+                function_name,
+                len(function_name),
+                ctypes.cast(kind.ptr(), c_void_p),
+                ctypes.cast(callback, c_void_p),
+                None,
+                None,
+            )
+        )
+
+    def load(self, artifact: Path) -> LinkedModule:
+        """Map a compiled module that this host wrote. Never give it a tenant's file."""
+        module = c_void_p()
+        _check(_deserialize_file(self._engine.address, bytes(artifact), byref(module)))
+        pre = c_void_p()
+        try:
+            _check(_instantiate_pre(self.address, module, byref(pre)))
+        finally:
+            _module_delete(module)
+        return LinkedModule(self._engine, self, pre)
+
+
+class LinkedModule:
+    """A compiled module with its imports resolved: ready to be started any number of times."""
+
+    def __init__(self, engine: Engine, linker: Linker, pre: c_void_p) -> None:
+        self.engine = engine
+        self._linker = linker  # its callbacks must outlive every instance
+        self._pre = pre
+
+    @property
+    def address(self) -> c_void_p:
+        if not self._pre:
+            raise EngineFailure("the module is closed")
+        return self._pre
+
+    def close(self) -> None:
+        """Free it; running guests keep what they need. Idempotent."""
+        pre, self._pre = self._pre, c_void_p()
+        if pre:
+            _pre_delete(pre)
+
+
+def _host_function(
+    name: str, parameters: tuple[ValueType, ...], result: str | None, handler: Handler
+) -> Callable[..., None]:
+    """The C callback of one host function: as little as possible, because every token passes here."""
+    unpack_from = struct.Struct("<" + "".join(_VALUE_FORMAT[p] for p in parameters)).unpack_from
+    some = bool(parameters)
+    layout = None if result is None else _I64_RESULT if result == "i64" else _I32_RESULT
+    kind = 1 if result == "i64" else 0
+
+    def callback(
+        _env: int | None,
+        caller: int,
+        args: int,
+        _nargs: int,
+        results: int,
+        _nresults: int,
+        trap: int,
+        continuation: int,
+    ) -> None:
+        global _struck
+        fiber = _running
+        assert fiber is not None
+        try:
+            _CONTINUATION.pack_into(_WINDOW, continuation, _RESUME_ADDRESS, 0, 0)
+            if not fiber._memory_at:
+                fiber._find_memory(caller)
+            value = handler(fiber.guest, unpack_from(_WINDOW, args) if some else ())
+            if value is None:
+                fiber.waiting = True
+                fiber._result_at, fiber._result_layout, fiber._result_kind = results, layout, kind
+            elif layout is not None:
+                layout.pack_into(_WINDOW, results, kind, value)
+            fiber._calls -= 1
+            if fiber._calls <= 0:
+                fiber._held = True
+        except GuestExit as leaving:
+            fiber.exit_code = leaving.code
+            _set_trap(trap, "the guest has left")
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                _struck = error
+            else:
+                log.exception("host function %s failed; its guest is ended", name)
+            fiber.host_failed = True
+            _set_trap(trap, "the host function failed")
+
+    return callback
+
+
+def _set_trap(slot: int, text: str) -> None:
+    message = text.encode()
+    _POINTER.pack_into(_WINDOW, slot, _trap_new(message, len(message)))
+
+
+# --- fibers -------------------------------------------------------------------------------------
+
+
+class Fiber:
+    """One guest.
+
+    Args:
+        module: what to run.
+        guest: given to the handlers of host functions.
+        fuel: units the guest may burn. memory_bytes, table_elements: the most it may have.
+
+    Attributes:
+        waiting: inside a host function, without a result so far.
+        result: what ``run`` returned, once done.
+        trap: why it died, once trapped.
+        host_failed: it died because a handler raised.
+    """
+
+    __slots__ = (
+        "_calls",
+        "_context",
+        "_error",
+        "_export",
+        "_final_bytes",
+        "_future",
+        "_held",
+        "_instance",
+        "_memory_at",
+        "_memory_export",
+        "_phase",
+        "_result_at",
+        "_result_kind",
+        "_result_layout",
+        "_results",
+        "_store",
+        "_trap",
+        "exit_code",
+        "guest",
+        "host_failed",
+        "memory",
+        "result",
+        "trap",
+        "waiting",
+    )
+
+    def __init__(
+        self, module: LinkedModule, guest: object, *, fuel: int, memory_bytes: int, table_elements: int
+    ) -> None:
+        self.guest = guest
+        self.memory = Memory()
+        self.waiting = False
+        self.result = 0
+        self.exit_code: int | None = None
+        self.trap: TrapInfo | None = None
+        self.host_failed = False
+        self._held = False
+        self._calls = 0
+        self._result_at = 0
+        self._result_kind = 0
+        self._result_layout: struct.Struct | None = None
+        self._phase = "instantiate"
+        self._memory_export: Any = None
+        self._memory_at = 0
+        self._final_bytes = 0
+        self._trap, self._error = c_void_p(), c_void_p()
+        self._instance = raw.wasmtime_instance_t()
+        self._export: Any = None
+        self._results = (ffi.wasmtime_val_t * 1)()
+        self._future: int | None = None
+        self._store: int | None = _store_new(module.engine.address, None, None)
+        self._context: int = _store_context(self._store)
+        _store_limiter(self._store, memory_bytes, table_elements, 1, 16, 1)
+        _check(_set_fuel(self._context, fuel))
+        _check(_yield_interval(self._context, FUEL_SLICE))
+        self._future = _instantiate(
+            module.address, self._context, byref(self._instance), byref(self._trap), byref(self._error)
+        )
+
+    @property
+    def closed(self) -> bool:
+        return self._store is None
+
+    def poll(self) -> FiberState:
+        """Run the guest for at most one slice.
+
+        Raises:
+            EngineFailure: the fiber is closed or has ended.
+        """
+        global _running, _struck
+        if self.waiting:
+            return FiberState.WAITING
+        if self._future is None:
+            raise EngineFailure("the fiber has ended")
+        self._calls = CALLS_A_SLICE
+        while True:
+            _running = self
+            try:
+                done = _poll(self._future)
+            finally:
+                _running = None
+            if _struck is not None:
+                error, _struck = _struck, None
+                raise error
+            if not done:
+                return FiberState.WAITING if self.waiting else FiberState.YIELDED
+            state = self._phase_over()
+            if state is not None:
+                return state
+
+    def resume(self, value: int) -> None:
+        """Give the host function that the guest waits in its result; the next poll continues."""
+        if not self.waiting:
+            raise EngineFailure("the fiber is not waiting")
+        if self._result_layout is not None:
+            self._result_layout.pack_into(_WINDOW, self._result_at, self._result_kind, value)
+        self.waiting = False
+
+    @property
+    def fuel(self) -> int:
+        """Fuel that is left."""
+        if self._store is None:
+            raise EngineFailure("the fiber is closed")
+        fuel = c_uint64()
+        _check(_get_fuel(self._context, byref(fuel)))
+        return fuel.value
+
+    @fuel.setter
+    def fuel(self, value: int) -> None:
+        if self._store is None:
+            raise EngineFailure("the fiber is closed")
+        _check(_set_fuel(self._context, value))
+
+    @property
+    def memory_bytes(self) -> int:
+        """Size of the guest's memory, which never shrinks."""
+        return self._final_bytes if self._store is None else self.memory.size
+
+    def close(self) -> None:
+        """End the guest wherever it is and free all it has. Idempotent; never inside a poll."""
+        if _running is self:
+            raise EngineFailure("a fiber cannot be closed from inside")
+        future, self._future = self._future, None
+        if future:
+            # Unwinds a suspended guest's stack.
+            _delete_future(future)
+        store, self._store = self._store, None
+        if store:
+            self._final_bytes = self.memory.size
+            self.memory._detach()
+            _store_delete(store)
+        self.waiting = False
+        self._drop_trap()
+
+    # --- inside -----------------------------------------------------------------------------------
+
+    def _find_memory(self, caller: int) -> None:
+        """A start function calls the host before the instance is known out here."""
+        export = raw.wasmtime_extern_t()
+        if _caller_export_get(caller, b"memory", 6, byref(export)):
+            self._keep_memory(export)
+
+    def _keep_memory(self, export: Any) -> None:
+        if export.kind != ffi.WASMTIME_EXTERN_MEMORY.value:
+            raw.wasmtime_extern_delete(byref(export))
+            return
+        self._memory_export = export
+        self._memory_at = ctypes.addressof(export.of)
+        self.memory._attach(self._context, self._memory_at)
+
+    def _phase_over(self) -> FiberState | None:
+        """A call has ended: begin the next one (None), or say how the guest ended."""
+        if self._future:
+            _delete_future(self._future)
+            self._future = None
+        if self._trap or self._error:
+            return self._ended_badly()
+        if self._phase == "run":
+            self.result = self._results[0].of.i32
+            return FiberState.DONE
+        if self._phase == "instantiate":
+            if not self._memory_at:
+                export = self._exported(b"memory")
+                if export is not None:
+                    self._keep_memory(export)
+            self._phase = "_initialize"
+            if self._begin(b"_initialize", 0):
+                return None
+        self._phase = "run"
+        if not self._begin(b"run", 1):
+            self.trap = TrapInfo("no_run", "the module exports no function run")
+            return FiberState.TRAPPED
+        return None
+
+    def _exported(self, name: bytes) -> Any:
+        export = raw.wasmtime_extern_t()
+        if not _export_get(self._context, byref(self._instance), name, len(name), byref(export)):
+            return None
+        return export
+
+    def _begin(self, name: bytes, results: int) -> bool:
+        export = self._exported(name)
+        if export is None:
+            return False
+        if export.kind != ffi.WASMTIME_EXTERN_FUNC.value:
+            raw.wasmtime_extern_delete(byref(export))
+            return False
+        self._export = export
+        self._future = _call(
+            self._context,
+            ctypes.addressof(export.of),
+            None,
+            0,
+            self._results,
+            results,
+            byref(self._trap),
+            byref(self._error),
+        )
+        return True
+
+    def _ended_badly(self) -> FiberState:
+        if self.exit_code is not None:
+            self.result = self.exit_code
+            self._drop_trap()
+            return FiberState.DONE
+        if self._trap.value:
+            self.trap = _trap_info(self._trap.value)
+        else:
+            message = _error_text(self._error.value or 0)
+            self._error = c_void_p()
+            kind = "memory_limit" if "limit" in message else "instantiation"
+            self.trap = TrapInfo(kind, message.splitlines()[0] if message else "the module cannot be started")
+        self._drop_trap()
+        return FiberState.TRAPPED
+
+    def _drop_trap(self) -> None:
+        trap, self._trap = self._trap, c_void_p()
+        if trap:
+            _trap_delete(trap)
+        error, self._error = self._error, c_void_p()
+        if error.value:
+            _error_text(error.value)
+
+
+_MAX_FRAMES: Final = 32
+_MAX_NAME: Final = 200
+_TRAP_KINDS: Final[dict[int, str]] = {
+    code.value: code.name.removeprefix("WASMTIME_TRAP_CODE_").removeprefix("WASMTIME_TRAP_").lower()
+    for code in raw.wasmtime_trap_code_enum
+}
+
+
+def _trap_info(address: int) -> TrapInfo:
+    trap = ctypes.cast(address, ctypes.POINTER(raw.wasm_trap_t))
+    code = c_uint8()
+    kind = _TRAP_KINDS.get(code.value, "unknown") if raw.wasmtime_trap_code(trap, byref(code)) else "host"
+    text = ffi.wasm_byte_vec_t()
+    raw.wasm_trap_message(trap, byref(text))
+    message = _take_text(text).strip()
+    # Wasmtime writes a backtrace in front of the cause; the frames are given separately.
+    message = message.rpartition("Caused by:")[2].strip() or message
+    frames = raw.wasm_frame_vec_t()
+    raw.wasm_trap_trace(trap, byref(frames))
+    names = tuple(_frame_text(frames.data[at]) for at in range(min(frames.size, _MAX_FRAMES)))
+    raw.wasm_frame_vec_delete(byref(frames))
+    return TrapInfo(kind, message.removeprefix("wasm trap: ")[:500], names)
+
+
+def _frame_text(frame: Any) -> str:
+    index = raw.wasm_frame_func_index(frame)
+    offset = raw.wasm_frame_module_offset(frame)
+    name = raw.wasmtime_frame_func_name(frame)
+    label = f"function {index}"
+    if name:
+        label = ctypes.string_at(name.contents.data, name.contents.size).decode("utf-8", "replace")[:_MAX_NAME]
+    return f"{label} (0x{offset:x})"
+
+
+__all__ = [
+    "CALLS_A_SLICE",
+    "FUEL_SLICE",
+    "Engine",
+    "EngineFailure",
+    "Fiber",
+    "FiberState",
+    "GuestExit",
+    "Handler",
+    "LinkedModule",
+    "Linker",
+    "Memory",
+    "OutOfBounds",
+    "TrapInfo",
+    "ValueType",
+    "settings_fingerprint",
+]

@@ -1,0 +1,246 @@
+"""One run of a guest: everything the worker knows about it besides its fiber's stack."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from realm.errors import RealmError
+from realm.guests.abi import ErrorCode
+from realm.guests.decoding import Refused
+from realm.guests.draws import random_bits
+from realm.guests.facts import TextStream
+from realm.guests.fibers import Fiber, Memory
+from realm.guests.sequences import GuestSequence
+from realm.messages import EngineOp, EngineResult, Log, OpenSequence, Output, StartRun, StoreReply, Usage, WorkerEvent
+
+if TYPE_CHECKING:
+    from realm.guests.runtime import GuestRuntime
+
+log = logging.getLogger("realm.guests")
+
+HOST_CALL_FUEL = 1_000
+"""What each host call costs besides the guest's own instructions."""
+MAX_WARNINGS = 64
+"""Lines that the host writes to a run's log about its mistakes."""
+MAX_INBOX = 4 << 20
+"""Bytes of client messages that may wait for ``recv``."""
+
+_CODES = {"model_unsupported": ErrorCode.NOT_SUPPORTED, "invalid_params": ErrorCode.INVALID_ARGUMENT}
+
+Completion = Callable[[EngineResult], "int | None"]
+"""Takes an engine's answer; gives the host function's result, or None while more are missing."""
+
+StoreCompletion = Callable[[StoreReply], int]
+
+
+class DetokenizeStream:
+    """One numbered stream of ``detokenize``; ``unread`` is text that did not fit, and for which call."""
+
+    __slots__ = ("flags", "stream", "unread", "unread_tokens")
+
+    def __init__(self, stream: TextStream, flags: int) -> None:
+        self.stream = stream
+        self.flags = flags
+        self.unread = b""
+        self.unread_tokens: bytes | None = None
+
+
+class GuestRun:
+    """State of one run.
+
+    Attributes:
+        sequences: by handle. Handles count up from 1 and are never used twice.
+        calls, store_calls: numbers of the calls to engine and store that the guest waits for.
+        on_wake: what to do when data, credit or a time-out ends the wait (recv and emit).
+        job: work that a host function left to be done off the guest's stack.
+        debt: fuel owed for host calls, not yet taken from the fiber.
+        limit: name of the limit that refused something last, with what was used.
+    """
+
+    __slots__ = (
+        "_log_left",
+        "_ordinals",
+        "_randoms",
+        "_warnings",
+        "calls",
+        "closed_input",
+        "closing",
+        "credit",
+        "deadline",
+        "debt",
+        "fiber",
+        "inbox",
+        "inbox_bytes",
+        "job",
+        "last_call",
+        "last_error",
+        "limit",
+        "memory",
+        "on_wake",
+        "outbox",
+        "output_left",
+        "queued",
+        "runtime",
+        "sampling_cache",
+        "sequences",
+        "start",
+        "started",
+        "store_calls",
+        "streams",
+        "timer",
+        "tokens_left",
+        "usage",
+        "wasi_lines",
+    )
+
+    def __init__(self, start: StartRun, runtime: GuestRuntime, now: float) -> None:
+        self.start = start
+        self.runtime = runtime
+        self.started = now
+        self.fiber: Fiber | None = None
+        self.memory = Memory()
+        self.sequences: dict[int, GuestSequence] = {}
+        self.calls: list[int] = []
+        self.store_calls: set[int] = set()
+        self.on_wake: Callable[[bool], int | None] | None = None
+        self.job: Callable[[], int] | None = None
+        self.inbox: deque[bytes] = deque()
+        self.inbox_bytes = 0
+        self.outbox = b""
+        self.credit = start.credit
+        self.closed_input = False
+        self.closing: str | None = None
+        self.queued = False
+        self.deadline = now + start.limits.wall_seconds
+        self.timer = 0
+        self.debt = 0
+        self.last_call = ""
+        self.last_error = ""
+        self.limit: tuple[str, int, int] | None = None
+        self.tokens_left = start.limits.tokens
+        self.output_left = start.limits.output_bytes
+        self.streams: dict[int, DetokenizeStream] = {}
+        self.sampling_cache: tuple[Any, Any] | None = None
+        self.usage = Usage()
+        self.wasi_lines: dict[int, bytes] = {}
+        self._log_left = start.limits.log_bytes
+        self._warnings = 0
+        self._ordinals = 0
+        self._randoms = 0
+
+    def attach(self, fiber: Fiber) -> None:
+        """The fiber that runs this guest, made once."""
+        self.fiber = fiber
+        self.memory = fiber.memory
+
+    # --- what host functions use ------------------------------------------------------------------
+
+    def op(self, op: EngineOp) -> None:
+        """Tell the engine something, in order with everything else of this turn."""
+        self.runtime.ops.append(op)
+
+    def event(self, event: WorkerEvent) -> None:
+        self.runtime.events.append(event)
+
+    def call(self, completion: Completion) -> int:
+        """A number for a call to the engine; its answer goes to ``completion``."""
+        return self.runtime.new_call(self, completion)
+
+    def store_call(self, completion: StoreCompletion) -> int:
+        """A number for a call to the tenant's store."""
+        return self.runtime.new_store_call(self, completion)
+
+    def fuel_left(self) -> int:
+        fiber = self.fiber
+        return 0 if fiber is None or fiber.closed else max(0, fiber.fuel - self.debt)
+
+    def charge(self, units: int) -> None:
+        """Bill fuel for work that the host does for the guest."""
+        self.debt += units
+
+    def refuse_limit(self, name: str, limit: int, used: int, text: str) -> Refused:
+        """The refusal that says which limit is met."""
+        self.limit = (name, limit, used)
+        return Refused(ErrorCode.LIMIT, f"{text} (limit {limit:,}, used {used:,})")
+
+    def next_random(self) -> int:
+        self._randoms += 1
+        return random_bits(self.start.seed, self._randoms)
+
+    def random_bytes(self, size: int) -> bytes:
+        return b"".join((self.next_random() >> 7).to_bytes(7, "little") for _ in range(-(-size // 7)))[:size]
+
+    def add_sequence(self, sequence: GuestSequence) -> int:
+        """Put it under a handle, which counts up and is never used again."""
+        self.sequences[sequence.handle] = sequence
+        return sequence.handle
+
+    def new_sequence(self, parent: GuestSequence | None = None) -> GuestSequence:
+        """A sequence with a number of its own; not yet under a handle.
+
+        Raises:
+            Refused: the run has as many as it may.
+        """
+        most = self.start.limits.sequences
+        if len(self.sequences) >= most:
+            raise self.refuse_limit("sequences", most, len(self.sequences), "no more sequences")
+        self._ordinals += 1
+        engine_id = self.runtime.new_sequence_id()
+        if parent is not None:
+            return parent.fork(engine_id, self.start.seed, self._ordinals)
+        return GuestSequence(engine_id, self.start.seed, self._ordinals)
+
+    def drop_sequence(self, sequence: GuestSequence) -> None:
+        """Forget a sequence; its handle is not used again."""
+        del self.sequences[sequence.handle]
+
+    def open_sequence(self) -> int:
+        sequence = self.new_sequence()
+        self.op(OpenSequence(sequence.id, self.start.tenant, self.start.run))
+        return self.add_sequence(sequence)
+
+    # --- output and log ---------------------------------------------------------------------------
+
+    def send_output(self, data: bytes) -> None:
+        self.credit -= len(data)
+        self.event(Output(self.start.run, data, self.usage.new_tokens))
+
+    def write_log(self, level: str, text: str) -> bool:
+        """A line of the guest; False if the run's log is full."""
+        size = len(text.encode())
+        if size > self._log_left:
+            if self._log_left >= 0:
+                self._log_left = -1
+                limit = self.start.limits.log_bytes
+                self.event(Log(self.start.run, "warning", f"the log is full ({limit:,} bytes); nothing more is kept"))
+            return False
+        self._log_left -= size
+        self.event(Log(self.start.run, level, text))
+        return True
+
+    def warn(self, text: str) -> None:
+        """A line of the host about a mistake of the guest; only so many a run."""
+        self.last_error = text
+        self._warnings += 1
+        if self._warnings > MAX_WARNINGS:
+            return
+        self.event(Log(self.start.run, "warning", text))
+        if self._warnings == MAX_WARNINGS:
+            self.event(Log(self.start.run, "warning", "further warnings of the host are not shown"))
+
+    def failed(self, name: str, error: Exception) -> int:
+        """The error code for an exception in a host function; call it while that is being handled."""
+        if isinstance(error, Refused):
+            self.warn(f"{name}: {error.text}")
+            return int(error.code)
+        if isinstance(error, RealmError):
+            self.warn(f"{name}: {error.message}")
+            return int(_CODES.get(error.code, ErrorCode.INTERNAL))
+        correlation = secrets.token_hex(6)
+        log.exception("run %d: host function %s failed [%s]", self.start.run, name, correlation)
+        self.warn(f"{name}: the host failed; its log has the cause under {correlation}")
+        return int(ErrorCode.INTERNAL)

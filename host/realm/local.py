@@ -1,0 +1,131 @@
+"""Run one guest in this process, without a server: the same runtime and the same engine.
+
+For trying a guest while writing it. There is no client behind it, so ``recv`` gives CLOSED at once,
+and the key-value store starts empty and ends with the run.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from realm.engine.core import EngineCore, EngineOptions, load_engine
+from realm.errors import RealmError
+from realm.guests.abi import ErrorCode
+from realm.guests.compiler import compile_module_sync
+from realm.guests.facts import ModelFacts
+from realm.guests.runtime import GuestRuntime
+from realm.messages import (
+    CancelRun,
+    Credit,
+    EngineReply,
+    Log,
+    Output,
+    RunFinished,
+    RunLimits,
+    StartRun,
+    StoreGet,
+    StoreReply,
+    StoreSet,
+    WorkerEvent,
+)
+from realm.models.tokenizer import Tokenizer
+from realm.settings import default_home
+
+LOCAL_TENANT = "local"
+_WORKER = 1
+_RUN = 1
+_CREDIT = 1 << 20
+
+
+def run_local(
+    wasm: Path,
+    input: bytes,
+    model: Path,
+    *,
+    cache: Path | None = None,
+    seed: int | None = None,
+    limits: RunLimits | None = None,
+    options: EngineOptions | None = None,
+    engine: EngineCore | None = None,
+) -> Iterator[Output | Log | RunFinished]:
+    """Run a guest and give its events; the last one is :class:`~realm.messages.RunFinished`.
+
+    Args:
+        wasm: the module. model: the model's folder.
+        cache: folder for compiled modules; the home's own when None.
+        seed: of all draws of the run; chosen at random when None.
+        options: how to load the engine; ``engine`` is one that is loaded already.
+
+    Closing the iterator ends the run.
+
+    Raises:
+        RealmError: ``module_*`` or ``compile_limit`` for the module, ``model_*`` for the model.
+    """
+    module = compile_module_sync(wasm, cache or default_home() / "cache")
+    tokenizer = Tokenizer(model)
+    facts = ModelFacts.load(model, bos=tokenizer.bos, eos=tokenizer.eos)
+    core = engine or load_engine(model, options)
+    runtime = GuestRuntime(_WORKER, tokenizer, facts)
+    start = StartRun(
+        run=_RUN,
+        tenant=LOCAL_TENANT,
+        module=wasm.stem,
+        artifact=str(module.artifact),
+        input=input,
+        seed=secrets.randbits(64) if seed is None else seed,
+        limits=limits or RunLimits(),
+        credit=_CREDIT,
+    )
+    runtime.start(start)
+    runtime.close_input(_RUN)
+    try:
+        yield from _drive(runtime, core)
+    finally:
+        runtime.cancel(CancelRun(_RUN, "the caller has gone"))
+        core.submit(_WORKER, runtime.turn(time.monotonic()).ops)
+        runtime.close()
+
+
+def _drive(runtime: GuestRuntime, core: EngineCore) -> Iterator[Output | Log | RunFinished]:
+    store: dict[str, bytes] = {}
+    replies = 0
+    while True:
+        turn = runtime.turn(time.monotonic())
+        core.submit(_WORKER, turn.ops)
+        for event in turn.events:
+            if isinstance(event, StoreGet | StoreSet):
+                runtime.store_reply(_answer_store(store, event))
+                continue
+            yield event
+            if isinstance(event, RunFinished):
+                return
+            if isinstance(event, Output):
+                runtime.credit(Credit(_RUN, len(event.data)))
+        if core.has_work():
+            replies += 1
+            runtime.deliver(EngineReply(replies, core.step().get(_WORKER, [])))
+        elif not turn.busy and not turn.events:
+            _sleep_until(turn.deadline)
+
+
+def _sleep_until(deadline: float | None) -> None:
+    if deadline is None:
+        raise RealmError("internal", "the guest waits for something that will never come")
+    time.sleep(max(0.0, deadline - time.monotonic()))
+
+
+def _answer_store(store: dict[str, bytes], event: WorkerEvent) -> StoreReply:
+    if isinstance(event, StoreGet):
+        value = store.get(event.key)
+        if value is None:
+            return StoreReply(event.call, int(ErrorCode.NOT_FOUND), message=f"no key {event.key!r}")
+        return StoreReply(event.call, 0, value)
+    assert isinstance(event, StoreSet)
+    if event.value:
+        store[event.key] = event.value
+    else:
+        store.pop(event.key, None)
+    return StoreReply(event.call, 0)
