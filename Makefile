@@ -1,0 +1,59 @@
+# Everything a developer types. Needs make and Python 3.11 or newer; the rest goes into .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Imported models stay between runs; the demo's registry does not.
+export REALM_HOME ?= $(CURDIR)/.cache/realm-home
+export REALM_TEST_HOME ?= $(REALM_HOME)
+
+.PHONY: help demo test lint types venv guests check-guests bench clean
+
+help:
+	@echo "make demo    three tenants' guests on one real model, side by side"
+	@echo "make test    the whole test suite"
+	@echo "make lint    ruff        make types   mypy"
+	@echo "make guests  rebuild the guests' .wasm with zig"
+	@echo "make bench   the benchmarks"
+	@echo "make clean   remove .venv, caches and imported models"
+
+venv: $(STAMP)
+
+# torch comes first and alone: pip then takes a CPU build from a local wheel folder where one is configured
+# (find-links), and the later steps leave it as it is. Elsewhere this gets the index's build.
+$(STAMP): pyproject.toml sdk/python/pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "Realm needs Python 3.11 or newer, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." >&2; \
+		echo "Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e sdk/python -e '.[test]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/realm demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy host/realm sdk/python/realm_sdk
+
+guests: $(STAMP)
+	$(BIN)/python guest_modules/build.py
+
+check-guests: $(STAMP)
+	$(BIN)/python guest_modules/build.py --check
+
+bench: $(STAMP)
+	$(BIN)/python -m tests.benchmarks.bench_serving
+
+clean:
+	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -name '*.egg-info' -type d -prune -exec rm -rf {} +

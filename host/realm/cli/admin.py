@@ -1,0 +1,76 @@
+"""Tenants and their keys; all of it needs an admin key."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from realm.cli.connection import KeyOption, UrlOption, connect
+from realm.cli.terminal import err, out, table, when
+
+tenants_app = typer.Typer(help="Tenants (needs an admin key).", no_args_is_help=True)
+keys_app = typer.Typer(help="API keys (needs an admin key).", no_args_is_help=True)
+
+
+@tenants_app.command("add")
+def tenants_add(name: str, url: UrlOption = None, key: KeyOption = None) -> None:
+    """Make a tenant and its first key."""
+    with connect(url, key) as client:
+        client.add_tenant(name)
+        made = client.add_key(name)
+    _show_key(made.key, f"tenant {name}, key {made.id}")
+
+
+@tenants_app.command("list")
+def tenants_list(url: UrlOption = None, key: KeyOption = None) -> None:
+    """List all tenants."""
+    with connect(url, key) as client:
+        tenants = client.tenants()
+    listed = table("NAME", "CREATED", "KEYS", right=("KEYS",))
+    for tenant in tenants:
+        listed.add_row(tenant.name, when(tenant.created), str(tenant.keys))
+    out().print(listed)
+
+
+@keys_app.command("add")
+def keys_add(
+    tenant: Annotated[str, typer.Argument(help="The tenant's name.")], url: UrlOption = None, key: KeyOption = None
+) -> None:
+    """Make another key for a tenant."""
+    with connect(url, key) as client:
+        made = client.add_key(tenant)
+    _show_key(made.key, f"tenant {made.tenant}, key {made.id}")
+
+
+@keys_app.command("list")
+def keys_list(
+    tenant: Annotated[str | None, typer.Argument(help="Only this tenant's.")] = None,
+    url: UrlOption = None,
+    key: KeyOption = None,
+) -> None:
+    """List keys: their ids, never the keys themselves."""
+    with connect(url, key) as client:
+        keys = client.keys(tenant)
+    listed = table("ID", "TENANT", "CREATED", "REVOKED")
+    for entry in keys:
+        listed.add_row(entry.id, entry.tenant, when(entry.created), when(entry.revoked))
+    out().print(listed)
+
+
+@keys_app.command("revoke")
+def keys_revoke(
+    ident: Annotated[str, typer.Argument(metavar="ID", help="A key's id, from `realm keys list`.")],
+    url: UrlOption = None,
+    key: KeyOption = None,
+) -> None:
+    """Revoke a key: its connections end at once."""
+    with connect(url, key) as client:
+        client.revoke_key(ident)
+    out().print(f"revoked {ident}")
+
+
+def _show_key(key: str, whose: str) -> None:
+    """The key alone on standard output, so that a script can take it."""
+    err().print(f"{whose}; the server keeps only its hash: save it now")
+    out().print(key)

@@ -1,0 +1,130 @@
+"""Commands that ask a server: push, ps, logs, cancel, generate, login, modules."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from realm.cli.connection import DEFAULT_URL, KeyOption, Login, UrlOption, connect, save_login
+from realm.cli.terminal import err, out, printable, size, status, table, usage_line, when, write
+from realm_sdk import SyncClient
+
+modules_app = typer.Typer(help="Your modules on the server.", no_args_is_help=True)
+
+
+def push(
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A guest: a .wasm file.")],
+    name: Annotated[str | None, typer.Option(help="What to call it.", show_default="the file's name")] = None,
+    url: UrlOption = None,
+    key: KeyOption = None,
+) -> None:
+    """Store a guest on the server under a name."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with connect(url, key) as client, Progress(*columns, console=err(), transient=True) as bar:
+        task = bar.add_task("uploading", total=file.stat().st_size)
+        module = client.push(name or file.stem, file, lambda done, total: bar.update(task, completed=done, total=total))
+    out().print(f"{module.name} version {module.version}: {size(module.size)}, sha256 {module.sha256[:16]}…")
+
+
+def ps(
+    all: Annotated[bool, typer.Option("--all", "-a", help="Finished runs, too.")] = False,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="Most runs to list.")] = 50,
+    url: UrlOption = None,
+    key: KeyOption = None,
+) -> None:
+    """List your runs."""
+    with connect(url, key) as client:
+        runs = client.ps(all=all, limit=limit).runs
+    listed = table(
+        "RUN", "MODULE", "STATUS", "STARTED", "SECONDS", "TOKENS", "FUEL", right=("SECONDS", "TOKENS", "FUEL")
+    )
+    for run in runs:
+        state = f"{run.status} ({run.error.get('code', '?')})" if run.error else run.status
+        listed.add_row(
+            run.run,
+            run.module,
+            state,
+            when(run.started),
+            f"{run.seconds:.1f}",
+            str(run.usage.new_tokens),
+            f"{run.usage.fuel:,}",
+        )
+    out().print(listed if runs else "no runs" if all else "no runs in progress (--all shows finished ones)")
+
+
+def logs(
+    run: Annotated[str, typer.Argument(help="A run's id, such as r17.")], url: UrlOption = None, key: KeyOption = None
+) -> None:
+    """Print what a run has logged."""
+    with connect(url, key) as client:
+        for line in client.logs(run):
+            write(f"{line.level:7} {printable(line.text)}\n")
+
+
+def cancel(
+    run: Annotated[str, typer.Argument(help="A run's id, such as r17.")], url: UrlOption = None, key: KeyOption = None
+) -> None:
+    """Stop a run."""
+    with connect(url, key) as client:
+        out().print("cancelled" if client.cancel(run) else "it had ended already")
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="Text to continue, or with --chat a message to answer.")],
+    chat: Annotated[bool, typer.Option("--chat", help="Send the prompt as a user's message.")] = False,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="1 is off.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Makes the text repeatable.")] = None,
+    url: UrlOption = None,
+    key: KeyOption = None,
+) -> None:
+    """Generate text, streamed as it comes."""
+    params = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
+    if seed is not None:
+        params["seed"] = seed
+    with connect(url, key) as client:
+        stream = client.stream([{"role": "user", "content": prompt}] if chat else prompt, **params)
+        for piece in stream:
+            write(piece.text)
+    write("\n")
+    if stream.result is not None:
+        err().print(usage_line(stream.result.usage), style="dim")
+
+
+def login(
+    url: Annotated[str, typer.Option("--url", envvar="REALM_URL", help="The server.")] = DEFAULT_URL,
+    key: Annotated[
+        str | None, typer.Option("--key", envvar="REALM_API_KEY", help="Your API key; asked for when left out.")
+    ] = None,
+) -> None:
+    """Save a server and a key for later commands, after trying them."""
+    key = (key or typer.prompt("API key", hide_input=True)).strip()
+    with status(f"connecting to {url}"), SyncClient(url, key) as client:
+        tenant = client.tenant
+    path = save_login(Login(url, key))
+    out().print(f"you are {tenant} at {url}; saved in {path}")
+
+
+@modules_app.command("list")
+def modules_list(url: UrlOption = None, key: KeyOption = None) -> None:
+    """List your modules."""
+    with connect(url, key) as client:
+        modules = client.modules()
+    listed = table("NAME", "VERSION", "SIZE", "CREATED", "SHA256", right=("VERSION", "SIZE"))
+    for module in modules:
+        listed.add_row(
+            module.name, str(module.version), size(module.size), when(module.created), module.sha256[:16] + "…"
+        )
+    out().print(listed if modules else "no modules: `realm push FILE` adds one")
+
+
+@modules_app.command("remove")
+def modules_remove(name: str, url: UrlOption = None, key: KeyOption = None) -> None:
+    """Remove one of your modules."""
+    with connect(url, key) as client:
+        client.remove(name)
+    out().print(f"removed {name}")

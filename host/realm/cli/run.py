@@ -1,0 +1,128 @@
+"""``realm run``: a guest on the server, or a ``.wasm`` file right here in one process."""
+
+from __future__ import annotations
+
+import codecs
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+
+from realm.cli.connection import KeyOption, UrlOption, connect
+from realm.cli.models import choose_model
+from realm.cli.terminal import err, printable, status, usage_line, write
+from realm.errors import RealmError
+from realm.settings import default_home
+from realm_sdk import Finished, Log, Output, Usage
+
+
+def run(
+    module: Annotated[str, typer.Argument(help="A .wasm file to run here, or the name of a module on the server.")],
+    input: Annotated[str | None, typer.Option("--input", "-i", help="The guest's input.")] = None,
+    input_file: Annotated[
+        Path | None, typer.Option("--input-file", help="Read the input from a file; - is standard input.")
+    ] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Write output as it comes.")] = False,
+    seed: Annotated[int | None, typer.Option(min=0, help="Makes the run repeatable.")] = None,
+    model: Annotated[
+        str, typer.Option(help="For a local run: the model to use.", show_default="the only one there is")
+    ] = "",
+    url: UrlOption = None,
+    key: KeyOption = None,
+) -> None:
+    """Run a guest and print its output; what it took goes to standard error."""
+    data = _input(input, input_file)
+    path = Path(module)
+    if path.suffix == ".wasm" or path.is_file():
+        if not path.is_file():
+            raise RealmError("module_not_found", f"there is no file {path}")
+        _run_here(path, data, stream, seed, model)
+    else:
+        _run_there(module, data, stream, seed, url, key)
+
+
+def _input(text: str | None, file: Path | None) -> bytes:
+    if text is not None and file is not None:
+        raise typer.BadParameter("give --input or --input-file, not both")
+    if text is not None:
+        return text.encode()
+    if file is None:
+        return b""
+    try:
+        return sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+    except OSError as error:
+        raise typer.BadParameter(f"{file} cannot be read: {error.strerror}") from error
+
+
+def _run_there(module: str, data: bytes, stream: bool, seed: int | None, url: str | None, key: str | None) -> None:
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise RealmError("invalid_params", f"the input is not UTF-8 text: {error}") from error
+    with connect(url, key) as client:
+        output = _Output(stream)
+        for event in client.run(module, text, seed=seed):
+            if isinstance(event, Output):
+                output.add(event.text)
+            elif isinstance(event, Log):
+                _show_log(event.level, event.text)
+            elif isinstance(event, Finished):
+                output.end()
+                _show_end(event.code, event.usage)
+
+
+def _run_here(path: Path, data: bytes, stream: bool, seed: int | None, model: str) -> None:
+    with status("loading the model"):
+        # torch is behind this import.
+        from realm import local, messages
+
+        folder = choose_model(default_home(), model)
+        events = local.run_local(path, data, folder, seed=seed)
+        # The guest is compiled and the model loaded before the first event.
+        event = next(events, None)
+    output = _Output(stream)
+    # A character may be split between two outputs.
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    while event is not None:
+        if isinstance(event, messages.Output):
+            output.add(decoder.decode(event.data))
+        elif isinstance(event, messages.Log):
+            _show_log(event.level, event.text)
+        else:
+            output.add(decoder.decode(b"", final=True))
+            output.end()
+            _show_end(event.code, Usage(**msgspec.structs.asdict(event.usage)))
+            if event.error is not None:
+                error = event.error
+                raise RealmError(error.code, error.message, details=error.details)
+        event = next(events, None)
+
+
+class _Output:
+    """A run's text: written as it comes, or all at the end."""
+
+    def __init__(self, stream: bool) -> None:
+        self._stream = stream
+        self._text: list[str] = []
+        self._last = "\n"
+
+    def add(self, text: str) -> None:
+        self._last = text[-1:] or self._last
+        if self._stream:
+            write(text)
+        else:
+            self._text.append(text)
+
+    def end(self) -> None:
+        """Leave the cursor at the start of a line."""
+        write("".join(self._text) + ("" if self._last == "\n" else "\n"))
+
+
+def _show_log(level: str, text: str) -> None:
+    err().print(f"{level}: {printable(text)}", style="dim")
+
+
+def _show_end(code: int, usage: Usage) -> None:
+    err().print(f"returned {code}; {usage_line(usage)}", style="dim")

@@ -1,0 +1,109 @@
+"""``realm serve``, ``realm doctor`` and the demo: commands that need the host's own packages."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+import typer
+
+from realm.cli.terminal import err, out, status
+from realm.settings import DEFAULT_HOST, DEFAULT_PORT, ServeSettings, default_home, default_workers
+
+if TYPE_CHECKING:
+    from realm.serve import ServeInfo
+
+
+def serve(
+    model: Annotated[str, typer.Option(help="The model to serve.", show_default="the only one there is")] = "",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = DEFAULT_HOST,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = DEFAULT_PORT,
+    workers: Annotated[
+        int | None, typer.Option(min=1, max=256, help="Guest worker processes.", show_default="half of the processors")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    kv_pages: Annotated[int, typer.Option(min=0, help="KV pages of 16 tokens; 0 sizes by free memory.")] = 0,
+    token_budget: Annotated[int, typer.Option(min=1, help="Most tokens of one engine step.")] = 512,
+    max_sequences: Annotated[int, typer.Option(min=1, help="Most sequences of one engine step.")] = 256,
+    threads: Annotated[int, typer.Option(min=0, help="The engine's threads; 0 is torch's default.")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="Say what is ready as one line of JSON.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens.")] = False,
+) -> None:
+    """Start a server: gateway, guest workers and the engine. Ctrl-C drains and ends it."""
+    from realm.serve import serve as run_server
+
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    settings = ServeSettings(
+        model=model,
+        host=host,
+        port=port,
+        workers=workers or default_workers(),
+        dtype=dtype,
+        kv_pages=kv_pages,
+        token_budget=token_budget,
+        max_sequences=max_sequences,
+        threads=threads,
+    )
+    waiting = status(f"starting (data in {settings.home})")
+    waiting.__enter__()
+
+    def ready(info: ServeInfo) -> None:
+        waiting.__exit__(None, None, None)
+        if json:
+            line = {"url": info.url, "home": str(info.home), "model": info.model, "admin_key": info.admin_key}
+            sys.stdout.write(msgspec.json.encode(line).decode() + "\n")
+            sys.stdout.flush()
+        else:
+            _announce(info)
+
+    try:
+        asyncio.run(run_server(settings, on_ready=ready))
+    finally:
+        waiting.__exit__(None, None, None)
+
+
+def _announce(info: ServeInfo) -> None:
+    console = out()
+    console.print(f"Realm serves {info.model}")
+    console.print(f"  url   {info.url}")
+    console.print(f"  data  {info.home}")
+    if info.admin_key is not None:
+        console.print(f"  key   {info.admin_key}")
+        console.print("The key is the admin's, and shown this once: save it (`realm login` does).")
+
+
+def doctor(
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port that serve would use.")] = DEFAULT_PORT,
+) -> None:
+    """Check whether this machine can serve, and say what to do where it cannot."""
+    from realm.cli.doctor import FAILED, examine
+
+    console = out()
+    failed = False
+    for finding in examine(default_home(), port):
+        failed |= finding.state == FAILED
+        console.print(finding.line())
+    if failed:
+        err().print("something must be mended first")
+        raise typer.Exit(1)
+
+
+def demo(
+    guests: Annotated[
+        Path, typer.Option(exists=True, file_okay=False, help="The folder with the guests' sources and modules.")
+    ] = Path("guest_modules"),
+    max_tokens: Annotated[int, typer.Option(min=8, max=1024, help="Most tokens of the chat.")] = 160,
+) -> None:
+    """Three tenants, three guests, one model: what `make demo` runs."""
+    from realm.cli.demo import run_demo
+
+    if not run_demo(guests, max_tokens):
+        raise typer.Exit(1)

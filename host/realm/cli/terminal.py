@@ -1,0 +1,128 @@
+"""What the command line writes, and how errors look."""
+
+from __future__ import annotations
+
+import sys
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperGroup
+
+from realm.errors import RealmError as HostError
+from realm_sdk import RealmError as SdkError
+from realm_sdk import Usage
+
+HINTS = {
+    "auth_failed": "give a good key with --key or REALM_API_KEY, or save one with `realm login`",
+    "no_key": "give one with --key or REALM_API_KEY, or save one with `realm login`",
+    "connect_failed": "is the server running? start it with `realm serve`, or name another with --url or REALM_URL",
+    "forbidden": "this needs the admin key that the first `realm serve` printed",
+    "model_not_found": "`realm models import` fetches a small model; `realm models list` shows all",
+    "module_not_found": "`realm modules list` shows yours; `realm push FILE --name NAME` adds one",
+    "run_not_found": "`realm ps --all` shows runs",
+    "tenant_not_found": "`realm tenants list` shows all",
+    "key_not_found": "`realm keys list` shows the ids",
+    "address_in_use": "choose another port with --port, or 0 for a free one",
+    "already_running": "stop it first, or use another data folder with REALM_HOME",
+    "busy": "try again in a moment",
+}
+"""What a person can do about an error, by its code."""
+
+
+_HARMLESS = "\n\t\u200c\u200d"
+"""Of the control and format characters: line breaks, tabs, and the joiners that scripts and emoji need."""
+
+
+def out() -> Console:
+    """Standard output. Made when needed, so that it follows redirection."""
+    return Console(highlight=False, markup=False, soft_wrap=True)
+
+
+def err() -> Console:
+    """Standard error: everything that is not the result."""
+    return Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+
+
+def printable(text: str) -> str:
+    """``text`` without control characters: guests' output must not steer the terminal of who reads it."""
+    return "".join(c if c in _HARMLESS or unicodedata.category(c)[0] != "C" else "\ufffd" for c in text)
+
+
+def write(text: str) -> None:
+    """Write a guest's text to standard output at once; as it is, unless that is a terminal."""
+    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
+def show_error(code: str, message: str, details: dict[str, Any]) -> None:
+    """One line ``code: message``, then details worth reading, then a hint."""
+    console = err()
+    console.print(Text(f"{code}: ", style="bold red"), Text(printable(message)), sep="")
+    if backtrace := details.get("backtrace"):
+        lines = backtrace if isinstance(backtrace, list) else str(backtrace).splitlines()
+        for line in lines[:20]:
+            console.print(Text(f"    {printable(str(line))}", style="dim"))
+    if hint := HINTS.get(code):
+        console.print(Text(f"hint: {hint}", style="cyan"))
+
+
+class ErrorGroup(TyperGroup):
+    """Turns typed errors into a line on standard error and exit code 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (HostError, SdkError) as error:
+            show_error(error.code, error.message, error.details)
+            raise typer.Exit(1) from None
+        except BrokenPipeError:
+            # Whoever read our output has gone (`realm ps | head -1`): not a failure, and nobody to tell.
+            sys.stderr.close()
+            raise typer.Exit(0) from None
+
+
+@contextmanager
+def status(text: str) -> Iterator[None]:
+    """A spinner on standard error while something takes long."""
+    with err().status(text):
+        yield
+
+
+def table(*columns: str, right: tuple[str, ...] = ()) -> Table:
+    """A plain table; columns named in ``right`` are numbers."""
+    made = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        made.add_column(column, justify="right" if column in right else "left", no_wrap=True)
+    return made
+
+
+def size(count: float) -> str:
+    """Bytes for people: ``1.5 MiB``."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
+def when(seconds: float | None) -> str:
+    """A time (seconds since 1970), local; "-" for none."""
+    if not seconds:
+        return "-"
+    return datetime.fromtimestamp(seconds, UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def usage_line(usage: Usage) -> str:
+    """What a run took, on one line."""
+    rate = f" ({usage.new_tokens / usage.wall_seconds:.1f}/s)" if usage.new_tokens and usage.wall_seconds else ""
+    return (
+        f"{usage.new_tokens} new tokens{rate}, {usage.prompt_tokens} prompt tokens ({usage.cached_tokens} cached); "
+        f"fuel {usage.fuel:,}; peak memory {size(usage.memory_bytes)}; {usage.wall_seconds:.2f} s"
+    )

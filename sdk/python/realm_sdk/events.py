@@ -1,0 +1,221 @@
+"""What calls give back. Fields that a newer server adds are ignored."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal, TypeAlias
+
+import msgspec
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """What a run took.
+
+    Attributes:
+        cached_tokens: of the prompt tokens, how many the prefix cache held.
+        fuel: WebAssembly instructions, about.
+        memory_bytes: the guest's peak memory.
+        wall_seconds: from start to end. first_call_seconds: from start to the guest's first host call.
+    """
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    cached_tokens: int = 0
+    fuel: int = 0
+    memory_bytes: int = 0
+    host_calls: int = 0
+    output_bytes: int = 0
+    wall_seconds: float = 0.0
+    first_call_seconds: float = 0.0
+
+
+# --- a run's events ------------------------------------------------------------------------------
+
+
+class Started(msgspec.Struct, frozen=True):
+    """The guest runs; ``run`` is its id."""
+
+    run: str
+    kind: ClassVar[Literal["started"]] = "started"
+
+
+class Output(msgspec.Struct, frozen=True):
+    """Text the guest emitted."""
+
+    text: str
+    kind: ClassVar[Literal["output"]] = "output"
+
+
+class Log(msgspec.Struct, frozen=True):
+    """A line of the guest's log; ``level`` is debug, info, warning or error."""
+
+    level: str
+    text: str
+    kind: ClassVar[Literal["log"]] = "log"
+
+
+class Finished(msgspec.Struct, frozen=True):
+    """The last event of a run that did not fail.
+
+    Attributes:
+        run: the run's id.
+        code: what the guest returned (0 when cancelled).
+        text: all output of a run that was not streamed, else "".
+        outcome: ``complete`` or ``cancelled``.
+    """
+
+    run: str = ""
+    code: int = 0
+    text: str = ""
+    usage: Usage = Usage()
+    outcome: Literal["complete", "cancelled"] = "complete"
+    kind: ClassVar[Literal["finished"]] = "finished"
+
+
+Event: TypeAlias = Started | Output | Log | Finished
+
+
+# --- generation ----------------------------------------------------------------------------------
+
+
+class Piece(msgspec.Struct, frozen=True):
+    """A piece of generated text. ``index`` counts from 0; the last piece has ``is_final``."""
+
+    text: str
+    index: int = 0
+    is_final: bool = False
+
+
+class Generation(msgspec.Struct, frozen=True):
+    """A finished generation.
+
+    Attributes:
+        text: all of it (of a streamed one, too).
+        finish_reason: ``stop`` (end of sequence or a stop text) or ``length``.
+    """
+
+    text: str = ""
+    tokens_generated: int = 0
+    prompt_tokens: int = 0
+    finish_reason: str = ""
+    run: str = ""
+    usage: Usage = Usage()
+
+
+# --- everything else -----------------------------------------------------------------------------
+
+
+class RunInfo(msgspec.Struct, frozen=True):
+    """One line of ``ps``.
+
+    Attributes:
+        status: running, complete, error or cancelled.
+        started: seconds since 1970. seconds: the run's age, or its length once it has ended.
+        error: ``code`` and ``message`` of a run that failed.
+    """
+
+    run: str
+    module: str
+    status: str
+    started: float = 0.0
+    seconds: float = 0.0
+    usage: Usage = Usage()
+    tenant: str = ""
+    error: dict[str, Any] | None = None
+
+
+class Processes(msgspec.Struct, frozen=True):
+    """What runs, and the engine's counters."""
+
+    runs: list[RunInfo] = []
+    engine: dict[str, Any] = {}
+
+
+class LogLine(msgspec.Struct, frozen=True):
+    """A line of a run's log."""
+
+    level: str
+    text: str
+
+
+class Module(msgspec.Struct, frozen=True):
+    """A stored module.
+
+    Attributes:
+        size: in bytes. version: counts what was stored under this name.
+        created: seconds since 1970; 0 from ``push``. imports: from ``push`` only.
+    """
+
+    name: str
+    sha256: str
+    size: int
+    version: int = 0
+    created: float = 0.0
+    imports: list[str] = []
+
+
+class Model(msgspec.Struct, frozen=True):
+    """A model on the server; ``served`` says that the engine has it loaded."""
+
+    name: str
+    served: bool = False
+    context_length: int = 0
+    parameters: int = 0
+
+
+class Health(msgspec.Struct, frozen=True):
+    """How the server is."""
+
+    status: str
+    model: str | None = None
+    uptime_seconds: float = 0.0
+    workers: int = 0
+    engine: dict[str, Any] = {}
+
+
+class Parameter(msgspec.Struct, frozen=True):
+    """A parameter of a function of the protocol."""
+
+    name: str
+    type: str = ""
+    required: bool = False
+    doc: str = ""
+
+
+class Function(msgspec.Struct, frozen=True):
+    """A function of the protocol."""
+
+    name: str
+    doc: str = ""
+    params: list[Parameter] = []
+
+
+class Metadata(msgspec.Struct, frozen=True):
+    """Every function of the server."""
+
+    version: str
+    functions: list[Function] = []
+
+
+class Tenant(msgspec.Struct, frozen=True):
+    """A tenant; ``keys`` is how many good keys it has."""
+
+    name: str
+    created: float = 0.0
+    keys: int = 0
+
+
+class NewKey(msgspec.Struct, frozen=True):
+    """A new key. The server keeps only its hash: this is the one time that ``key`` is shown."""
+
+    key: str
+    id: str
+    tenant: str
+
+
+class Key(msgspec.Struct, frozen=True):
+    """What the server knows of a key. ``revoked`` is when, or None. Times are seconds since 1970."""
+
+    id: str
+    tenant: str
+    created: float = 0.0
+    revoked: float | None = None

@@ -1,0 +1,362 @@
+"""The command line without a server and against a scripted one."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from realm.cli.app import app
+from realm.cli.connection import Login, login_file, read_login, save_login
+from realm.cli.terminal import printable, size
+from realm.errors import RealmError
+from tests.unit.sdk_fake_server import Peer, Script, fake_server
+
+Invoke = Callable[..., Result]
+COMMANDS = (
+    *("serve", "run", "push", "ps", "logs", "cancel", "generate", "login", "doctor", "models import", "models list"),
+    *("modules list", "modules remove", "tenants add", "tenants list", "keys add", "keys list", "keys revoke"),
+)
+
+
+@pytest.fixture
+def invoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Invoke:
+    """Runs ``realm`` with no configuration but the test's."""
+    for name in ("REALM_URL", "REALM_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("REALM_HOME", str(tmp_path / "home"))
+    runner = CliRunner()
+
+    def run(*arguments: str, input: str | bytes | None = None) -> Result:
+        return runner.invoke(app, list(arguments), input=input)
+
+    return run
+
+
+@contextmanager
+def serving(script: Script) -> Iterator[str]:
+    """A scripted server in a thread of its own: the command line blocks the test's. Gives the URL."""
+    started = threading.Event()
+    loop = asyncio.new_event_loop()
+    stop = asyncio.Event()
+    url: list[str] = []
+    failed: list[BaseException] = []
+
+    async def main() -> None:
+        async with fake_server(script) as server:
+            url.append(server.url)
+            started.set()
+            await stop.wait()
+
+    def run() -> None:
+        try:
+            loop.run_until_complete(main())
+        except BaseException as error:
+            failed.append(error)
+        finally:
+            started.set()
+            loop.close()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert started.wait(10)
+    try:
+        yield url[0]
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join(20)
+    if failed:
+        raise failed[0]
+
+
+def answering(answers: dict[str, dict[str, object]], heard: list[tuple[str, object]] | None = None) -> Script:
+    """Answers each call with what is listed for its function."""
+
+    async def script(peer: Peer) -> None:
+        while True:
+            call = await peer.hear()
+            if heard is not None:
+                heard.append((call["function"], call["params"]))
+            await peer.complete(call, **answers[call["function"]])
+
+    return script
+
+
+# --- help and errors -----------------------------------------------------------------------------
+
+
+def test_help_lists_what_there_is(invoke: Invoke) -> None:
+    result = invoke("--help")
+    assert result.exit_code == 0
+    for command in ("serve", "run", "push", "ps", "logs", "models", "tenants", "keys", "doctor", "login"):
+        assert command in result.output
+    assert "demo" not in result.output
+
+
+@pytest.mark.parametrize("arguments", COMMANDS)
+def test_every_command_has_help(invoke: Invoke, arguments: str) -> None:
+    result = invoke(*arguments.split(), "--help")
+    assert result.exit_code == 0
+    assert "Usage" in result.output
+
+
+def test_version(invoke: Invoke) -> None:
+    assert invoke("--version").output.startswith("realm 0.")
+
+
+def test_no_key_is_one_line_and_a_hint(invoke: Invoke) -> None:
+    result = invoke("ps")
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    first, second = result.stderr.splitlines()
+    assert first.startswith("no_key: ")
+    assert second.startswith("hint: ") and "realm login" in second
+
+
+def test_nobody_listens(invoke: Invoke) -> None:
+    result = invoke("ps", "--url", "ws://127.0.0.1:1", "--key", "k")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("connect_failed: ")
+    assert "realm serve" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_server_error_with_backtrace(invoke: Invoke) -> None:
+    async def script(peer: Peer) -> None:
+        details = {"trap": "unreachable", "backtrace": ["0: run", "1: \x1b[31mred"]}
+        await peer.fail(await peer.expect("run"), "guest_trap", "the guest trapped\x1b[2J", details=details)
+
+    with serving(script) as url:
+        result = invoke("run", "chat", "--url", url, "--key", "k")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("guest_trap: the guest trapped")
+    assert "1: " in result.stderr
+    assert "\x1b" not in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [["nonsense"], ["ps", "--limit", "0"], ["run"], ["push", "no-such-file"]])
+def test_wrong_usage_exits_with_2(invoke: Invoke, arguments: list[str]) -> None:
+    assert invoke(*arguments).exit_code == 2
+
+
+# --- login ---------------------------------------------------------------------------------------
+
+
+def test_login_saves_for_this_user_only(invoke: Invoke) -> None:
+    heard: list[tuple[str, object]] = []
+    with serving(answering({"ps": {"runs": [], "engine": {}}}, heard)) as url:
+        result = invoke("login", "--url", url, input="secret\n")
+        assert result.exit_code == 0, result.output
+        assert "acme" in result.output
+        assert "secret" not in result.output
+        path = login_file()
+        assert path.stat().st_mode & 0o777 == 0o600
+        assert read_login() == Login(url, "secret")
+        assert invoke("ps").exit_code == 0
+    assert heard == [("ps", {"all": False, "limit": 50})]
+
+
+def test_failed_login_saves_nothing(invoke: Invoke) -> None:
+    result = invoke("login", "--url", "ws://127.0.0.1:1", "--key", "k")
+    assert result.exit_code == 1
+    assert not login_file().exists()
+
+
+def test_saved_key_is_not_sent_to_another_server(invoke: Invoke) -> None:
+    save_login(Login("ws://one.example", "secret"))
+    result = invoke("ps", "--url", "ws://127.0.0.1:1")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("no_key: ")
+
+
+def test_damaged_login_file(invoke: Invoke) -> None:
+    path = save_login(Login("ws://one.example", "secret"))
+    path.write_text("{")
+    result = invoke("ps")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("invalid_config: ")
+
+
+def test_login_replaces_a_readable_file(invoke: Invoke) -> None:
+    path = login_file()
+    path.parent.mkdir(parents=True)
+    path.write_text("{}")
+    path.chmod(0o644)
+    assert save_login(Login("ws://x", "k")) == path
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+# --- commands against a server -------------------------------------------------------------------
+
+USAGE = {"fuel": 1234567, "new_tokens": 12, "prompt_tokens": 7, "memory_bytes": 131072, "wall_seconds": 2.0}
+
+
+async def a_run(peer: Peer) -> None:
+    run = await peer.expect("run")
+    assert run["params"] == {"module": "chat", "input": "Hi", "stream": True, "seed": 3}
+    await peer.stream(run, 0, kind="started", run="r1")
+    await peer.stream(run, 1, kind="output", text="Hel")
+    await peer.stream(run, 2, kind="log", level="info", text="thinking")
+    await peer.stream(run, 3, kind="output", text="lo")
+    await peer.complete(run, run="r1", code=0, usage=USAGE)
+
+
+@pytest.mark.parametrize("stream", [[], ["--stream"]])
+def test_run_prints_text_and_what_it_took(invoke: Invoke, stream: list[str]) -> None:
+    with serving(a_run) as url:
+        result = invoke("run", "chat", "--input", "Hi", "--seed", "3", "--url", url, "--key", "k", *stream)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == "Hello\n"
+    assert "info: thinking" in result.stderr
+    for part in ("fuel 1,234,567", "12 new tokens (6.0/s)", "7 prompt tokens", "peak memory 128.0 KiB"):
+        assert part in result.stderr
+
+
+def test_run_reads_input_from_a_file_and_from_standard_input(invoke: Invoke, tmp_path: Path) -> None:
+    path = tmp_path / "in.txt"
+    path.write_text("Hi")
+    for source, given in ((str(path), None), ("-", "Hi")):
+        with serving(a_run) as url:
+            result = invoke(
+                "run", "chat", "--input-file", source, "--seed", "3", "--url", url, "--key", "k", input=given
+            )
+        assert result.stdout == "Hello\n", result.output
+
+
+@pytest.mark.parametrize(("content", "code"), [(b"\xff\xfe", 1), (None, 2)], ids=["not UTF-8", "no file"])
+def test_run_with_input_that_cannot_be_sent(invoke: Invoke, tmp_path: Path, content: bytes | None, code: int) -> None:
+    path = tmp_path / "in"
+    if content is not None:
+        path.write_bytes(content)
+    result = invoke("run", "chat", "--input-file", str(path), "--url", "ws://127.0.0.1:1", "--key", "k")
+    assert result.exit_code == code
+    assert "Traceback" not in result.output
+
+
+def test_run_of_a_missing_file(invoke: Invoke) -> None:
+    result = invoke("run", "no-such.wasm")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("module_not_found: ")
+
+
+def test_push_takes_the_name_of_the_file(invoke: Invoke, tmp_path: Path) -> None:
+    path = tmp_path / "mine.wasm"
+    path.write_bytes(b"\0asm")
+    heard: list[tuple[str, object]] = []
+    answers: dict[str, dict[str, object]] = {
+        "modules.begin": {"upload": 1, "received": 0, "exists": True},
+        "modules.commit": {"name": "mine", "sha256": "ab" * 32, "size": 4, "version": 2, "imports": []},
+    }
+    with serving(answering(answers, heard)) as url:
+        result = invoke("push", str(path), "--url", url, "--key", "k")
+    assert result.exit_code == 0, result.output
+    assert "mine version 2: 4 B" in result.stdout
+    assert isinstance(heard[0][1], dict) and heard[0][1]["name"] == "mine"
+
+
+def test_tables(invoke: Invoke) -> None:
+    run = {"run": "r1", "module": "chat", "status": "error", "started": 1.0, "seconds": 2.5, "usage": USAGE}
+    answers: dict[str, dict[str, object]] = {
+        "ps": {"runs": [run | {"error": {"code": "guest_trap", "message": "m"}}], "engine": {}},
+        "logs": {"run": "r1", "lines": [{"level": "info", "text": "one"}]},
+        "modules.list": {"modules": [{"name": "[bold]m", "sha256": "cd" * 32, "size": 2048, "version": 1}]},
+        "tenants.list": {"tenants": [{"name": "t", "created": 1.0, "keys": 1}]},
+        "keys.list": {"keys": [{"id": "k1", "tenant": "t", "created": 1.0, "revoked": None}]},
+        "keys.add": {"key": "new-key", "id": "k2", "tenant": "t"},
+        "tenants.add": {"name": "t"},
+        "keys.revoke": {},
+        "modules.remove": {},
+        "cancel": {"cancelled": True},
+    }
+    expected = {
+        "ps --all": "error (guest_trap)",
+        "logs r1": "info    one",
+        "modules list": "[bold]m",
+        "modules remove m": "removed m",
+        "tenants list": "KEYS",
+        "keys list t": "k1",
+        "keys revoke k1": "revoked k1",
+        "cancel r1": "cancelled",
+    }
+    with serving(answering(answers)) as url:
+        for command, text in expected.items():
+            result = invoke(*command.split(), "--url", url, "--key", "k")
+            assert result.exit_code == 0, result.output
+            assert text in result.stdout, command
+        # A new key stands alone on standard output.
+        for command in ("tenants add t", "keys add t"):
+            assert invoke(*command.split(), "--url", url, "--key", "k").stdout == "new-key\n"
+
+
+def test_generate_streams(invoke: Invoke) -> None:
+    async def script(peer: Peer) -> None:
+        call = await peer.expect("generate")
+        assert call["params"]["messages"] == [{"role": "user", "content": "Hi"}]
+        await peer.stream(call, 0, text="there", index=0, is_final=False)
+        await peer.complete(call, text="there", usage=USAGE)
+
+    with serving(script) as url:
+        result = invoke("generate", "Hi", "--chat", "--url", url, "--key", "k")
+    assert result.stdout == "there\n"
+    assert "12 new tokens" in result.stderr
+
+
+# --- without a server ----------------------------------------------------------------------------
+
+
+def test_models_list_is_empty_at_first(invoke: Invoke) -> None:
+    result = invoke("models", "list")
+    assert result.exit_code == 0
+    assert "realm models import" in result.stdout
+
+
+def test_import_of_what_does_not_exist(invoke: Invoke, tmp_path: Path) -> None:
+    result = invoke("models", "import", str(tmp_path / "nothing"))
+    assert result.exit_code == 1
+    assert "invalid_params: " in result.stderr
+
+
+def test_serve_without_a_model(invoke: Invoke) -> None:
+    result = invoke("serve")
+    assert result.exit_code == 1
+    assert "model_not_found: " in result.stderr
+    assert "realm models import" in result.stderr
+
+
+def test_printable_takes_the_sting_out() -> None:
+    assert printable("a\x1b[31mb\r\x9b\u202ec\n\td é 你 👩‍💻") == "a\ufffd[31mb\ufffd\ufffd\ufffdc\n\td é 你 👩‍💻"
+
+
+@pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (1536, "1.5 KiB"), (3 << 20, "3.0 MiB"), (5 << 30, "5.0 GiB")])
+def test_sizes(count: int, text: str) -> None:
+    assert size(count) == text
+
+
+def test_client_commands_start_without_torch(tmp_path: Path) -> None:
+    """``realm ps`` must start fast."""
+    code = (
+        "import sys, json\nfrom realm.cli.app import app\n"
+        "print(json.dumps([m for m in ('torch', 'wasmtime', 'numpy', 'transformers') if m in sys.modules]))"
+    )
+    environment = os.environ | {"REALM_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert json.loads(done.stdout) == []
+
+
+def test_choose_model_needs_a_choice(tmp_path: Path) -> None:
+    from realm.cli.models import choose_model
+
+    with pytest.raises(RealmError, match="no model is imported"):
+        choose_model(tmp_path, "")
+    with pytest.raises(RealmError, match="no model is called"):
+        choose_model(tmp_path, "x")
