@@ -100,10 +100,12 @@ class LlamaModel:
     def __init__(self, config: ModelConfig, weights: dict[str, Tensor]) -> None:
         """``weights`` is consumed: tensors are dropped from it as they are packed, to halve the peak."""
         self.config = config
-        self._embedding = weights.pop("model.embed_tokens.weight")
+        # Tensors that are kept as they are get memory of their own: loaded ones are views of a mapped
+        # file, and one view would keep all of it resident.
+        self._embedding = weights.pop("model.embed_tokens.weight").clone()
         self.dtype = self._embedding.dtype
         self.device = self._embedding.device
-        self._norm = weights.pop("model.norm.weight")
+        self._norm = weights.pop("model.norm.weight").clone()
         self._head = Linear(self._embedding if config.tied_embeddings else weights.pop("lm_head.weight"))
         self._layers = [self._layer(weights, layer) for layer in range(config.layers)]
         angles = torch.outer(torch.arange(config.context_length).float(), inverse_frequencies(config))
@@ -124,10 +126,10 @@ class LlamaModel:
             return Linear(weight, torch.cat(present) if present else None)
 
         return Layer(
-            input_norm=weights.pop(at + "input_layernorm.weight"),
+            input_norm=weights.pop(at + "input_layernorm.weight").clone(),
             qkv=stacked("self_attn", "q_proj", "k_proj", "v_proj"),
             output=stacked("self_attn", "o_proj"),
-            post_norm=weights.pop(at + "post_attention_layernorm.weight"),
+            post_norm=weights.pop(at + "post_attention_layernorm.weight").clone(),
             gate_up=stacked("mlp", "gate_proj", "up_proj"),
             down=stacked("mlp", "down_proj"),
         )
