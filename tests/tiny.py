@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+
 from realm.engine.core import EngineCore, EngineOptions, load_engine
 from realm.messages import CallFailed, EngineOp, EngineResult, Forward, ForwardDone, OpenSequence, SamplingParams
 

@@ -301,12 +301,12 @@ def test_tables(invoke: Invoke) -> None:
 def test_generate_streams(invoke: Invoke) -> None:
     async def script(peer: Peer) -> None:
         call = await peer.expect("generate")
-        assert call["params"]["messages"] == [{"role": "user", "content": "Hi"}]
+        assert call["params"]["prompt"] == "Hi"
         await peer.stream(call, 0, text="there", index=0, is_final=False)
         await peer.complete(call, text="there", usage=USAGE)
 
     with serving(script) as url:
-        result = invoke("generate", "Hi", "--chat", "--url", url, "--key", "k")
+        result = invoke("generate", "Hi", "--url", url, "--key", "k")
     assert result.stdout == "there\n"
     assert "12 new tokens" in result.stderr
 

@@ -296,6 +296,25 @@ async def test_closing_the_client_ends_what_waits() -> None:
             await waiting
 
 
+async def test_messages_that_arrive_while_the_client_closes_are_dropped() -> None:
+    """The server may be in the middle of a stream, or be reporting the cancellation."""
+
+    async def script(peer: Peer) -> None:
+        run = await peer.expect("run")
+        await peer.stream(run, 0, kind="started", run="r1")
+        for seq in range(1, 100_000):
+            await peer.stream(run, seq, kind="output", text="x")
+
+    async with fake_server(script) as server:
+        client = Client(server.url, "k")
+        await client.open()
+        run = await client.run("m")
+        await asyncio.sleep(0.05)
+        await client.close()
+        with pytest.raises(ConnectionLost):
+            await run.text()
+
+
 # --- runs ----------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from realm.guests.abi import CONSTANTS, ErrorCode
 from realm.guests.decoding import LAYOUTS, Refused, Room, Rows
 from realm.guests.deferral import deferred
-from realm.guests.fibers import OutOfBounds
+from realm.guests.fiber_types import OutOfBounds
 from realm.guests.run import GuestRun
 from realm.guests.sampling_reference import draw_token, log_probabilities, most_likely
 from realm.guests.sequences import GuestSequence
@@ -236,7 +236,7 @@ def _prepare(
     if decoded is not None:
         keep = decoded.keep_logits
         params = _with_draw(seq, decoded)
-    if int.from_bytes(tokens[:4], "little") != seq.sampled:
+    if seq.sampled < 0 or int.from_bytes(tokens[:4], "little") != seq.sampled:
         run.usage.prompt_tokens += count
     else:
         run.usage.prompt_tokens += count - 1

@@ -26,7 +26,8 @@ import realm
 from realm.errors import RealmError
 from realm.guests import abi
 from realm.guests.check import MAX_MODULE_BYTES, check_bytes, check_module
-from realm.guests.fibers import Engine, settings_fingerprint
+from realm.guests.fiber_types import settings_fingerprint
+from realm.guests.fibers import Engine
 
 COMPILE_SECONDS = 30.0
 """Wall time for one module."""

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from realm.guests import abi
 from realm.guests.abi import ErrorCode
-from realm.guests.fibers import OutOfBounds, ValueType
+from realm.guests.fiber_types import OutOfBounds, ValueType
 
 if TYPE_CHECKING:
     from realm.guests.run import GuestRun

@@ -18,13 +18,10 @@ Rules that the C API leaves to its caller, and how they are kept:
 from __future__ import annotations
 
 import ctypes
-import enum
-import importlib.metadata
+import functools
 import logging
 import struct
-from collections.abc import Callable
-from ctypes import byref, c_bool, c_int64, c_size_t, c_uint8, c_uint64, c_void_p
-from dataclasses import dataclass
+from ctypes import byref, c_bool, c_char_p, c_int64, c_size_t, c_uint8, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -32,88 +29,20 @@ import wasmtime
 from wasmtime import _bindings as raw
 from wasmtime import _ffi as ffi
 
+from realm.guests.fiber_types import (
+    CALLS_A_SLICE,
+    FUEL_SLICE,
+    SETTINGS,
+    EngineFailure,
+    FiberState,
+    GuestExit,
+    Handler,
+    TrapInfo,
+    ValueType,
+)
+from realm.guests.memory import Memory
+
 log = logging.getLogger("realm.guests")
-
-WASM_STACK: Final = 512 << 10
-"""Most stack of WASM frames in bytes; more is a trap of the guest."""
-HOST_STACK: Final = 512 << 10
-"""Stack left for host functions above the WASM frames, in bytes."""
-FUEL_SLICE: Final = 1_000_000
-"""Fuel after which a guest that only computes gives way (about 0.26 ms)."""
-CALLS_A_SLICE: Final = 256
-"""Host calls after which a guest that only calls the host gives way (some 0.5 ms)."""
-
-# A 4 GiB reservation lets the compiler drop bounds checks; 47 bits of addresses hold some 30,000
-# of them, more than the kernel's default number of mappings allows.
-_MEMORY_RESERVATION: Final = 4 << 30
-_MEMORY_GUARD: Final = 32 << 20
-
-# What the compiled code and the store depend on. Part of the key of cached artifacts.
-_SETTINGS: Final[dict[str, int | bool]] = {
-    "consume_fuel": True,
-    "max_wasm_stack": WASM_STACK,
-    "async_stack_size": WASM_STACK + HOST_STACK,
-    "memory_reservation": _MEMORY_RESERVATION,
-    "memory_guard_size": _MEMORY_GUARD,
-    "memory_may_move": False,
-    "wasm_simd": True,
-    "wasm_bulk_memory": True,
-    "wasm_multi_value": True,
-    "wasm_reference_types": True,
-    "wasm_tail_call": True,
-    "wasm_relaxed_simd": False,
-    "wasm_threads": False,
-    "shared_memory": False,
-    "wasm_multi_memory": False,
-    "wasm_memory64": False,
-    "wasm_function_references": False,
-    "wasm_gc": False,
-    "gc_support": False,
-    "wasm_exceptions": False,
-    "wasm_stack_switching": False,
-    "wasm_custom_page_sizes": False,
-    "wasm_wide_arithmetic": False,
-    "wasm_component_model": False,
-}
-
-ValueType = Literal["i32", "u32", "i64", "u64"]
-"""How a WASM value is read: the signedness is the host function's choice."""
-
-Handler = Callable[[Any, tuple[int, ...]], "int | None"]
-"""Serves one host function: (the fiber's guest, arguments) -> result, or None to keep it waiting."""
-
-
-class OutOfBounds(Exception):
-    """A pointer and length reach outside the guest's memory."""
-
-
-class GuestExit(Exception):
-    """Raised by a handler to end the guest at once, as ``proc_exit`` does."""
-
-    def __init__(self, code: int) -> None:
-        super().__init__(code)
-        self.code = code
-
-
-class FiberState(enum.Enum):
-    DONE = "done"
-    """``run`` returned, or the guest left by :class:`GuestExit`: see :attr:`Fiber.result`."""
-    WAITING = "waiting"
-    """Inside a host function whose handler gave no result yet: see :meth:`Fiber.resume`."""
-    YIELDED = "yielded"
-    """The slice is used up; poll again."""
-    TRAPPED = "trapped"
-    """See :attr:`Fiber.trap`."""
-
-
-@dataclass(frozen=True)
-class TrapInfo:
-    """Why a guest died. ``kind`` is a stable name such as ``unreachable``; frames are innermost first."""
-
-    kind: str
-    message: str
-    frames: tuple[str, ...] = ()
-
 
 # --- memory as the process sees it --------------------------------------------------------------
 
@@ -127,54 +56,42 @@ _POINTER: Final = struct.Struct("<Q")
 _VALUE_FORMAT: Final[dict[str, str]] = {"i32": "8xi20x", "u32": "8xI20x", "i64": "8xq16x", "u64": "8xQ16x"}
 _VALUE_SIZE: Final = ctypes.sizeof(ffi.wasmtime_val_t)
 
-# Bindings with plain addresses: ctypes makes no object for each argument, unlike with typed pointers.
-_fast = ctypes.CFUNCTYPE
-_quick = ctypes.PYFUNCTYPE  # does not release the interpreter lock: for calls that take nanoseconds
-_poll = _fast(c_bool, c_void_p)(("wasmtime_call_future_poll", ffi.dll))
-_delete_future = _fast(None, c_void_p)(("wasmtime_call_future_delete", ffi.dll))
-_memory_data = _quick(c_void_p, c_void_p, c_void_p)(("wasmtime_memory_data", ffi.dll))
-_memory_size = _quick(c_size_t, c_void_p, c_void_p)(("wasmtime_memory_data_size", ffi.dll))
-_store_new = _fast(c_void_p, c_void_p, c_void_p, c_void_p)(("wasmtime_store_new", ffi.dll))
-_store_context = _quick(c_void_p, c_void_p)(("wasmtime_store_context", ffi.dll))
-_store_delete = _fast(None, c_void_p)(("wasmtime_store_delete", ffi.dll))
-_store_limiter = _quick(None, c_void_p, c_int64, c_int64, c_int64, c_int64, c_int64)(
-    ("wasmtime_store_limiter", ffi.dll)
-)
-_set_fuel = _quick(c_void_p, c_void_p, c_uint64)(("wasmtime_context_set_fuel", ffi.dll))
-_get_fuel = _quick(c_void_p, c_void_p, c_void_p)(("wasmtime_context_get_fuel", ffi.dll))
-_yield_interval = _quick(c_void_p, c_void_p, c_uint64)(("wasmtime_context_fuel_async_yield_interval", ffi.dll))
-_instantiate = _fast(c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p)(
-    ("wasmtime_instance_pre_instantiate_async", ffi.dll)
-)
-_instantiate_pre = _fast(c_void_p, c_void_p, c_void_p, c_void_p)(("wasmtime_linker_instantiate_pre", ffi.dll))
-_pre_delete = _fast(None, c_void_p)(("wasmtime_instance_pre_delete", ffi.dll))
-_module_delete = _fast(None, c_void_p)(("wasmtime_module_delete", ffi.dll))
-_deserialize_file = _fast(c_void_p, c_void_p, ctypes.c_char_p, c_void_p)(("wasmtime_module_deserialize_file", ffi.dll))
-_call = _fast(c_void_p, c_void_p, c_void_p, c_void_p, c_size_t, c_void_p, c_size_t, c_void_p, c_void_p)(
-    ("wasmtime_func_call_async", ffi.dll)
-)
-_export_get = _fast(c_bool, c_void_p, c_void_p, ctypes.c_char_p, c_size_t, c_void_p)(
-    ("wasmtime_instance_export_get", ffi.dll)
-)
-_caller_export_get = _fast(c_bool, c_void_p, ctypes.c_char_p, c_size_t, c_void_p)(
-    ("wasmtime_caller_export_get", ffi.dll)
-)
-_define_async = _fast(
-    c_void_p,
-    c_void_p,
-    ctypes.c_char_p,
-    c_size_t,
-    ctypes.c_char_p,
-    c_size_t,
-    c_void_p,
-    c_void_p,
-    c_void_p,
-    c_void_p,
-)(("wasmtime_linker_define_async_func", ffi.dll))
-_trap_new = _fast(c_void_p, ctypes.c_char_p, c_size_t)(("wasmtime_trap_new", ffi.dll))
-_trap_delete = _fast(None, c_void_p)(("wasm_trap_delete", ffi.dll))
-_HostCallback = ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_void_p, c_size_t, c_void_p, c_size_t, c_void_p, c_void_p)
-_ResumeCallback = ctypes.CFUNCTYPE(c_bool, c_void_p)
+_P, _V = c_void_p, None
+
+
+def _bind(name: str, result: Any, *arguments: Any, quick: bool = False) -> Any:
+    """A C function that takes plain addresses: ctypes makes no object for each, as with typed pointers.
+
+    ``quick`` keeps the interpreter lock: for calls that take nanoseconds and never call back.
+    """
+    prototype = (ctypes.PYFUNCTYPE if quick else ctypes.CFUNCTYPE)(result, *arguments)
+    return prototype((name, ffi.dll))
+
+
+_poll = _bind("wasmtime_call_future_poll", c_bool, _P)
+_delete_future = _bind("wasmtime_call_future_delete", _V, _P)
+_memory_data = _bind("wasmtime_memory_data", _P, _P, _P, quick=True)
+_memory_size = _bind("wasmtime_memory_data_size", c_size_t, _P, _P, quick=True)
+_store_new = _bind("wasmtime_store_new", _P, _P, _P, _P)
+_store_context = _bind("wasmtime_store_context", _P, _P, quick=True)
+_store_delete = _bind("wasmtime_store_delete", _V, _P)
+_store_limiter = _bind("wasmtime_store_limiter", _V, _P, *[c_int64] * 5, quick=True)
+_set_fuel = _bind("wasmtime_context_set_fuel", _P, _P, c_uint64, quick=True)
+_get_fuel = _bind("wasmtime_context_get_fuel", _P, _P, _P, quick=True)
+_yield_interval = _bind("wasmtime_context_fuel_async_yield_interval", _P, _P, c_uint64, quick=True)
+_instantiate = _bind("wasmtime_instance_pre_instantiate_async", _P, *[_P] * 5)
+_instantiate_pre = _bind("wasmtime_linker_instantiate_pre", _P, _P, _P, _P)
+_pre_delete = _bind("wasmtime_instance_pre_delete", _V, _P)
+_module_delete = _bind("wasmtime_module_delete", _V, _P)
+_deserialize_file = _bind("wasmtime_module_deserialize_file", _P, _P, c_char_p, _P)
+_call = _bind("wasmtime_func_call_async", _P, _P, _P, _P, c_size_t, _P, c_size_t, _P, _P)
+_export_get = _bind("wasmtime_instance_export_get", c_bool, _P, _P, c_char_p, c_size_t, _P)
+_caller_export_get = _bind("wasmtime_caller_export_get", c_bool, _P, c_char_p, c_size_t, _P)
+_define_async = _bind("wasmtime_linker_define_async_func", _P, _P, *[c_char_p, c_size_t] * 2, *[_P] * 4)
+_trap_new = _bind("wasmtime_trap_new", _P, c_char_p, c_size_t)
+_trap_delete = _bind("wasm_trap_delete", _V, _P)
+_HostCallback = ctypes.CFUNCTYPE(_V, _P, _P, _P, c_size_t, _P, c_size_t, _P, _P)
+_ResumeCallback = ctypes.CFUNCTYPE(c_bool, _P)
 
 _running: Fiber | None = None
 # KeyboardInterrupt and the like that struck inside a host function: raised again after the poll.
@@ -196,74 +113,6 @@ _resume: Final = _ResumeCallback(_may_resume)
 _RESUME_ADDRESS: Final = ctypes.cast(_resume, c_void_p).value
 
 
-class Memory:
-    """A guest's linear memory: every access is checked as unsigned and complete, or refused.
-
-    The engine is set so that memories grow in place, so the base is fixed; the size only grows, so
-    a size that is out of date can refuse but never allow, and is fetched again before it refuses.
-    """
-
-    __slots__ = ("_base", "_context", "_export", "_size")
-
-    def __init__(self) -> None:
-        self._base = 0
-        self._size = 0
-        self._context = 0
-        self._export = 0
-
-    def _attach(self, context: int, export: int) -> None:
-        self._context, self._export = context, export
-        self._base = _memory_data(context, export) or 0
-        self._size = _memory_size(context, export)
-
-    def _detach(self) -> None:
-        """The store is about to go: nothing may reach the memory from now on."""
-        self._base = self._size = self._context = self._export = 0
-
-    @property
-    def size(self) -> int:
-        """Size in bytes; 0 before there is one and after the fiber's end."""
-        if self._export:
-            self._size = _memory_size(self._context, self._export)
-        return self._size
-
-    def check(self, pointer: int, length: int) -> None:
-        """Raise :class:`OutOfBounds` unless ``length`` bytes at ``pointer`` are inside."""
-        end = pointer + length
-        if pointer < 0 or length < 0 or (end > self._size and end > self.size):
-            raise OutOfBounds
-
-    def read(self, pointer: int, length: int) -> bytes:
-        """A copy of ``length`` bytes."""
-        end = pointer + length
-        if pointer < 0 or length < 0 or (end > self._size and end > self.size):
-            raise OutOfBounds
-        base = self._base
-        return _WINDOW[base + pointer : base + end].tobytes()
-
-    def write(self, pointer: int, data: bytes) -> None:
-        """Copy all of ``data`` to ``pointer``."""
-        end = pointer + len(data)
-        if pointer < 0 or (end > self._size and end > self.size):
-            raise OutOfBounds
-        base = self._base
-        _WINDOW[base + pointer : base + end] = data
-
-    def unpack(self, layout: struct.Struct, pointer: int) -> tuple[Any, ...]:
-        """The fields of a struct."""
-        end = pointer + layout.size
-        if pointer < 0 or (end > self._size and end > self.size):
-            raise OutOfBounds
-        return layout.unpack_from(_WINDOW, self._base + pointer)
-
-    def pack(self, layout: struct.Struct, pointer: int, *values: float) -> None:
-        """Write a struct."""
-        end = pointer + layout.size
-        if pointer < 0 or (end > self._size and end > self.size):
-            raise OutOfBounds
-        layout.pack_into(_WINDOW, self._base + pointer, *values)
-
-
 def _error_text(error: int) -> str:
     """The message of a ``wasmtime_error_t``, which is then freed."""
     pointer = ctypes.cast(error, ctypes.POINTER(raw.wasmtime_error_t))
@@ -279,10 +128,6 @@ def _take_text(text: Any) -> str:
     return value.rstrip("\0")
 
 
-class EngineFailure(Exception):
-    """Wasmtime refused something that the host asked for; the message is Wasmtime's."""
-
-
 def _check(error: int | None) -> None:
     if error:
         raise EngineFailure(_error_text(error))
@@ -291,21 +136,12 @@ def _check(error: int | None) -> None:
 # --- engine, linker, module ---------------------------------------------------------------------
 
 
-def settings_fingerprint() -> str:
-    """Text that changes whenever compiled artifacts would: version and settings."""
-    return (
-        importlib.metadata.version("wasmtime")
-        + ";"
-        + ";".join(f"{name}={int(value)}" for name, value in _SETTINGS.items())
-    )
-
-
 class Engine:
     """Wasmtime's engine with Realm's settings. One per process is enough."""
 
     def __init__(self) -> None:
         config = wasmtime.Config()
-        for name, value in _SETTINGS.items():
+        for name, value in SETTINGS.items():
             getattr(raw, f"wasmtime_config_{name}_set")(config.ptr(), value)
         self.inner = wasmtime.Engine(config)
         self.address = ctypes.cast(self.inner.ptr(), c_void_p).value
@@ -329,28 +165,14 @@ class Linker:
         handler: Handler,
     ) -> None:
         """Make ``handler`` importable as ``module.name``."""
-        types = {"i": wasmtime.ValType.i32, "u": wasmtime.ValType.i32}
-        wide = {"i64": wasmtime.ValType.i64, "u64": wasmtime.ValType.i64}
-        kind = wasmtime.FuncType(
-            [wide[p]() if p in wide else types[p[0]]() for p in parameters],
-            [] if result is None else [wide[result]() if result in wide else types[result[0]]()],
-        )
+        types = {"32": wasmtime.ValType.i32, "64": wasmtime.ValType.i64}
+        kind = wasmtime.FuncType([types[p[1:]]() for p in parameters], [types[result[1:]]()] if result else [])
         callback = _HostCallback(_host_function(f"{module}.{name}", parameters, result, handler))
         self._kept.append(callback)
         module_name, function_name = module.encode(), name.encode()
-        _check(
-            _define_async(
-                self.address,
-                module_name,
-                len(module_name),
-                function_name,
-                len(function_name),
-                ctypes.cast(kind.ptr(), c_void_p),
-                ctypes.cast(callback, c_void_p),
-                None,
-                None,
-            )
-        )
+        names = (module_name, len(module_name), function_name, len(function_name))
+        code = (ctypes.cast(kind.ptr(), c_void_p), ctypes.cast(callback, c_void_p))
+        _check(_define_async(self.address, *names, *code, None, None))
 
     def load(self, artifact: Path) -> LinkedModule:
         """Map a compiled module that this host wrote. Never give it a tenant's file."""
@@ -385,25 +207,14 @@ class LinkedModule:
             _pre_delete(pre)
 
 
-def _host_function(
-    name: str, parameters: tuple[ValueType, ...], result: str | None, handler: Handler
-) -> Callable[..., None]:
+def _host_function(name: str, parameters: tuple[ValueType, ...], result: str | None, handler: Handler) -> Any:
     """The C callback of one host function: as little as possible, because every token passes here."""
     unpack_from = struct.Struct("<" + "".join(_VALUE_FORMAT[p] for p in parameters)).unpack_from
     some = bool(parameters)
     layout = None if result is None else _I64_RESULT if result == "i64" else _I32_RESULT
     kind = 1 if result == "i64" else 0
 
-    def callback(
-        _env: int | None,
-        caller: int,
-        args: int,
-        _nargs: int,
-        results: int,
-        _nresults: int,
-        trap: int,
-        continuation: int,
-    ) -> None:
+    def callback(_e: Any, caller: int, args: int, _a: int, results: int, _r: int, trap: int, continuation: int) -> None:
         global _struck
         fiber = _running
         assert fiber is not None
@@ -457,55 +268,31 @@ class Fiber:
         host_failed: it died because a handler raised.
     """
 
+    # fmt: off
     __slots__ = (
-        "_calls",
-        "_context",
-        "_error",
-        "_export",
-        "_final_bytes",
-        "_future",
-        "_held",
-        "_instance",
-        "_memory_at",
-        "_memory_export",
-        "_phase",
-        "_result_at",
-        "_result_kind",
-        "_result_layout",
-        "_results",
-        "_store",
-        "_trap",
-        "exit_code",
-        "guest",
-        "host_failed",
-        "memory",
-        "result",
-        "trap",
-        "waiting",
+        "_calls", "_context", "_error", "_export", "_final_bytes", "_future", "_held", "_instance", "_memory_at",
+        "_memory_export", "_phase", "_result_at", "_result_kind", "_result_layout", "_results", "_store", "_trap",
+        "exit_code", "guest", "host_failed", "memory", "result", "trap", "waiting",
     )
+    # fmt: on
 
     def __init__(
         self, module: LinkedModule, guest: object, *, fuel: int, memory_bytes: int, table_elements: int
     ) -> None:
         self.guest = guest
-        self.memory = Memory()
+        self.memory = Memory(_WINDOW)
         self.waiting = False
         self.result = 0
         self.exit_code: int | None = None
         self.trap: TrapInfo | None = None
-        self.host_failed = False
-        self._held = False
-        self._calls = 0
-        self._result_at = 0
-        self._result_kind = 0
+        self.host_failed = self._held = False
+        self._calls = self._result_at = self._result_kind = self._memory_at = self._final_bytes = 0
         self._result_layout: struct.Struct | None = None
         self._phase = "instantiate"
         self._memory_export: Any = None
-        self._memory_at = 0
-        self._final_bytes = 0
+        self._export: Any = None
         self._trap, self._error = c_void_p(), c_void_p()
         self._instance = raw.wasmtime_instance_t()
-        self._export: Any = None
         self._results = (ffi.wasmtime_val_t * 1)()
         self._future: int | None = None
         self._store: int | None = _store_new(module.engine.address, None, None)
@@ -559,17 +346,18 @@ class Fiber:
     @property
     def fuel(self) -> int:
         """Fuel that is left."""
-        if self._store is None:
-            raise EngineFailure("the fiber is closed")
         fuel = c_uint64()
-        _check(_get_fuel(self._context, byref(fuel)))
+        _check(_get_fuel(self._open(), byref(fuel)))
         return fuel.value
 
     @fuel.setter
     def fuel(self, value: int) -> None:
+        _check(_set_fuel(self._open(), value))
+
+    def _open(self) -> int:
         if self._store is None:
             raise EngineFailure("the fiber is closed")
-        _check(_set_fuel(self._context, value))
+        return self._context
 
     @property
     def memory_bytes(self) -> int:
@@ -587,7 +375,7 @@ class Fiber:
         store, self._store = self._store, None
         if store:
             self._final_bytes = self.memory.size
-            self.memory._detach()
+            self.memory.detach()
             _store_delete(store)
         self.waiting = False
         self._drop_trap()
@@ -606,7 +394,8 @@ class Fiber:
             return
         self._memory_export = export
         self._memory_at = ctypes.addressof(export.of)
-        self.memory._attach(self._context, self._memory_at)
+        base = _memory_data(self._context, self._memory_at) or 0
+        self.memory.attach(base, functools.partial(_memory_size, self._context, self._memory_at))
 
     def _phase_over(self) -> FiberState | None:
         """A call has ended: begin the next one (None), or say how the guest ended."""
@@ -646,16 +435,8 @@ class Fiber:
             raw.wasmtime_extern_delete(byref(export))
             return False
         self._export = export
-        self._future = _call(
-            self._context,
-            ctypes.addressof(export.of),
-            None,
-            0,
-            self._results,
-            results,
-            byref(self._trap),
-            byref(self._error),
-        )
+        function, ends = ctypes.addressof(export.of), (byref(self._trap), byref(self._error))
+        self._future = _call(self._context, function, None, 0, self._results, results, *ends)
         return True
 
     def _ended_badly(self) -> FiberState:
@@ -714,22 +495,3 @@ def _frame_text(frame: Any) -> str:
     if name:
         label = ctypes.string_at(name.contents.data, name.contents.size).decode("utf-8", "replace")[:_MAX_NAME]
     return f"{label} (0x{offset:x})"
-
-
-__all__ = [
-    "CALLS_A_SLICE",
-    "FUEL_SLICE",
-    "Engine",
-    "EngineFailure",
-    "Fiber",
-    "FiberState",
-    "GuestExit",
-    "Handler",
-    "LinkedModule",
-    "Linker",
-    "Memory",
-    "OutOfBounds",
-    "TrapInfo",
-    "ValueType",
-    "settings_fingerprint",
-]

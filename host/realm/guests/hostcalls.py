@@ -8,13 +8,14 @@ needs more stack or time than a guest's fiber should give.
 
 from __future__ import annotations
 
-from realm.guests import abi
+from realm.guests import abi, wasi
 from realm.guests.abi import ErrorCode
 from realm.guests.calls_model import ModelCalls
 from realm.guests.calls_session import SessionCalls
 from realm.guests.calls_text import TextCalls
 from realm.guests.decoding import compile_steps, value_types
-from realm.guests.fibers import Handler, Linker
+from realm.guests.fiber_types import Handler
+from realm.guests.fibers import Engine, Linker
 from realm.guests.run import HOST_CALL_FUEL, GuestRun
 
 
@@ -52,3 +53,18 @@ def define_host_functions(linker: Linker) -> None:
     for function in abi.FUNCTIONS:
         handler = make_handler(function, calls)
         linker.define(abi.IMPORT_MODULE, function.name, value_types(function), function.result, handler)
+
+
+_shared: tuple[Engine, Linker] | None = None
+
+
+def shared_linker() -> Linker:
+    """The process's engine with all host functions; made once, because defining them takes milliseconds."""
+    global _shared
+    if _shared is None:
+        engine = Engine()
+        linker = Linker(engine)
+        define_host_functions(linker)
+        wasi.define_wasi(linker)
+        _shared = (engine, linker)
+    return _shared[1]

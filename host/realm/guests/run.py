@@ -13,7 +13,8 @@ from realm.guests.abi import ErrorCode
 from realm.guests.decoding import Refused
 from realm.guests.draws import random_bits
 from realm.guests.facts import TextStream
-from realm.guests.fibers import Fiber, Memory
+from realm.guests.fibers import Fiber
+from realm.guests.memory import Memory
 from realm.guests.sequences import GuestSequence
 from realm.messages import EngineOp, EngineResult, Log, OpenSequence, Output, StartRun, StoreReply, Usage, WorkerEvent
 

@@ -20,17 +20,9 @@ from pathlib import Path
 from realm.guests import wasi
 from realm.guests.abi import ErrorCode
 from realm.guests.facts import ModelFacts, TokenizerLike
-from realm.guests.fibers import (
-    FUEL_SLICE,
-    Engine,
-    EngineFailure,
-    Fiber,
-    FiberState,
-    LinkedModule,
-    Linker,
-    TrapInfo,
-)
-from realm.guests.hostcalls import define_host_functions
+from realm.guests.fiber_types import FUEL_SLICE, EngineFailure, FiberState, TrapInfo
+from realm.guests.fibers import Fiber, LinkedModule
+from realm.guests.hostcalls import shared_linker
 from realm.guests.run import MAX_INBOX, Completion, GuestRun, StoreCompletion
 from realm.messages import (
     CancelRun,
@@ -72,21 +64,6 @@ class Turn:
     events: list[WorkerEvent] = field(default_factory=list)
     busy: bool = False
     deadline: float | None = None
-
-
-_shared: tuple[Engine, Linker] | None = None
-
-
-def shared_linker() -> Linker:
-    """The process's engine with all host functions; made once, because defining them takes milliseconds."""
-    global _shared
-    if _shared is None:
-        engine = Engine()
-        linker = Linker(engine)
-        define_host_functions(linker)
-        wasi.define_wasi(linker)
-        _shared = (engine, linker)
-    return _shared[1]
 
 
 class GuestRuntime:

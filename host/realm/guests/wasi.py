@@ -10,7 +10,8 @@ import struct
 from collections.abc import Callable
 from typing import Literal
 
-from realm.guests.fibers import GuestExit, Handler, Linker, OutOfBounds, ValueType
+from realm.guests.fiber_types import GuestExit, Handler, OutOfBounds, ValueType
+from realm.guests.fibers import Linker
 from realm.guests.run import HOST_CALL_FUEL, GuestRun
 
 IMPORT_MODULE = "wasi_snapshot_preview1"

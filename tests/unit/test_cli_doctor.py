@@ -1,0 +1,55 @@
+"""What the doctor says of machines that are not as they should be."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from realm.cli import doctor
+from realm.cli.doctor import DOUBTFUL, FAILED, GOOD, Finding, examine
+
+
+def findings(home: Path, port: int = 1) -> dict[str, Finding]:
+    return {finding.name: finding for finding in examine(home, port)}
+
+
+def test_fresh_machine_lacks_only_a_model(tmp_path: Path) -> None:
+    found = findings(tmp_path / "home")
+    assert [name for name, finding in found.items() if finding.state == FAILED] == ["models"]
+    assert "realm models import" in found["models"].text
+    assert "will be made" in found["data"].text
+    assert found["wasmtime"] == Finding("wasmtime", GOOD, "50.0.1")
+    assert "compiles in" in found["compile"].text
+    assert not (tmp_path / "home").exists()
+
+
+def test_home_open_to_others(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    assert findings(tmp_path)["data"].state == DOUBTFUL
+    tmp_path.chmod(0o700)
+    assert findings(tmp_path)["data"].state == GOOD
+
+
+def test_port_in_use(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        found = findings(tmp_path, taken.getsockname()[1])
+    assert found["port"].state == DOUBTFUL
+    assert "not free" in found["port"].text
+
+
+def test_wrong_wasmtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "version", lambda name: "49.0.0")
+    assert findings(tmp_path)["wasmtime"].state == FAILED
+
+
+def test_broken_model_is_a_finding(tmp_path: Path) -> None:
+    folder = tmp_path / "models" / "m"
+    folder.mkdir(parents=True)
+    (folder / "realm.json").write_text("{")
+    found = findings(tmp_path)["models"]
+    assert found.state == FAILED
+    assert "m/realm.json" in found.text

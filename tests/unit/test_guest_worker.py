@@ -1,0 +1,162 @@
+"""The worker process, between an engine and a gateway played by the test."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from realm.channel import BlockingChannel, listen
+from realm.messages import (
+    EngineReply,
+    Output,
+    RunFinished,
+    RunLimits,
+    Shutdown,
+    StartRun,
+    ToEngine,
+    WorkerEvents,
+    WorkerHello,
+    WorkerToGateway,
+    WorkerTurn,
+)
+from tests.fakes import CONTEXT, FakeEngine, compiled, greedy
+from tests.model_files import write_folder
+from tests.wat import GENERATE, SPIN, sampling
+
+
+class Peers:
+    """Both other ends of one worker."""
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        self._listeners = [listen(str(folder / name)) for name in ("engine", "gateway")]
+        self.process = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "realm.guests.worker",
+                *("--engine", str(folder / "engine"), "--gateway", str(folder / "gateway")),
+                *("--model", str(model), "--worker", "5"),
+            ],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(["host", *sys.path])},
+        )
+        self.engine: BlockingChannel[Any] = BlockingChannel(self._accept(0), ToEngine)
+        self.gateway: BlockingChannel[Any] = BlockingChannel(self._accept(1), WorkerToGateway)
+        self.core = FakeEngine()
+        self.turns: list[WorkerTurn] = []
+        self.events: list[Any] = []
+        self.hellos: list[WorkerHello] = []
+        self.replies = 0
+
+    def _accept(self, which: int) -> socket.socket:
+        listener = self._listeners[which]
+        assert select.select([listener], [], [], 30)[0], "the worker does not connect"
+        return listener.accept()[0]
+
+    def step(self) -> None:
+        """Take what the worker sent and answer its calls."""
+        select.select([self.engine, self.gateway], [], [], 10)
+        for message in self.gateway.receive():
+            if isinstance(message, WorkerEvents):
+                self.events += message.events
+            else:
+                self.hellos.append(message)
+        for message in self.engine.receive():
+            if isinstance(message, WorkerTurn):
+                self.turns.append(message)
+                self.core.submit(message.ops)
+            else:
+                self.hellos.append(message)
+        if self.core.results:
+            self.replies += 1
+            self.engine.send(EngineReply(self.replies, list(self.core.results)))
+            self.core.results.clear()
+
+    def until_finished(self, run: int) -> RunFinished:
+        for _ in range(5000):
+            for event in self.events:
+                if isinstance(event, RunFinished) and event.run == run:
+                    return event
+            self.step()
+        raise AssertionError("the run does not finish")
+
+    def close(self) -> None:
+        self.engine.close()
+        self.gateway.close()
+        for listener in self._listeners:
+            listener.close()
+        try:
+            self.process.wait(10)
+        finally:
+            self.process.kill()
+            self.process.wait()
+
+
+@pytest.fixture
+def peers(tmp_path: Path) -> Iterator[Peers]:
+    model = tmp_path / "model"
+    write_folder(model)
+    made = Peers(tmp_path, model)
+    yield made
+    made.close()
+
+
+def start(run: int, wat: str, **limits: Any) -> StartRun:
+    return StartRun(run, "a", "m", compiled(wat), sampling(), 7, RunLimits(**limits))
+
+
+def test_a_run_through_the_process(peers: Peers) -> None:
+    peers.gateway.send(start(1, GENERATE))
+    end = peers.until_finished(1)
+    assert end.error is None
+    tokens = [5]
+    for _ in range(12):
+        tokens.append(greedy(tokens))
+    assert b"".join(e.data for e in peers.events if isinstance(e, Output)) == bytes(tokens[1:])
+    assert [hello.worker for hello in peers.hellos] == [5, 5]
+    assert {hello.pid for hello in peers.hellos} == {peers.process.pid}
+    # Every reply is acknowledged by the turn that follows it.
+    assert [turn.answered for turn in peers.turns] == list(range(len(peers.turns)))
+    assert 0 < end.usage.first_call_seconds < 1
+    assert CONTEXT > 12
+
+
+def test_a_spinning_neighbour_does_not_stop_the_others(peers: Peers) -> None:
+    peers.gateway.send(start(1, SPIN, wall_seconds=30.0))
+    peers.gateway.send(start(2, GENERATE))
+    assert peers.until_finished(2).outcome == "complete"
+
+
+def test_it_ignores_the_terminals_interrupt_and_ends_on_shutdown(peers: Peers) -> None:
+    peers.gateway.send(start(1, SPIN))
+    os.kill(peers.process.pid, signal.SIGINT)
+    peers.gateway.send(Shutdown())
+    assert peers.until_finished(1).outcome == "cancelled"
+    assert peers.process.wait(10) == 0
+    assert peers.core.ended == [1] or (peers.step() is None and peers.core.ended == [1])
+
+
+@pytest.mark.parametrize("side", ["engine", "gateway"])
+def test_it_ends_with_its_links(peers: Peers, side: str) -> None:
+    peers.gateway.send(start(1, SPIN))
+    peers.step()
+    getattr(peers, side).close()
+    assert peers.process.wait(10) == 0
+
+
+def test_it_does_not_load_torch() -> None:
+    code = "import sys, realm.guests.worker; sys.exit('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(["host", *sys.path])},
+        check=False,
+    )
+    assert done.returncode == 0

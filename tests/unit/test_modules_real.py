@@ -1,0 +1,100 @@
+"""The committed guests with the real model, in one process: many runs at once in one runtime."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from realm.engine.core import EngineCore, EngineOptions, load_engine
+from realm.guests.compiler import compile_module_sync
+from realm.guests.facts import ModelFacts
+from realm.guests.runtime import GuestRuntime
+from realm.messages import EngineReply, Output, RunFinished, RunLimits, StartRun
+from realm.models.tokenizer import Tokenizer
+from tests.unit.test_modules_guests import BEST, CHAT, CONSTRAINED, GENERATE, GRAMMAR
+
+
+@dataclass
+class Bench:
+    """A loaded engine with all that a runtime needs."""
+
+    engine: EngineCore
+    tokenizer: Tokenizer
+    facts: ModelFacts
+    cache: Path
+    workers: int = 0
+
+    def run(self, jobs: list[tuple[Path, str, int]]) -> list[tuple[int, str]]:
+        """Run (module, input, seed) jobs side by side; code and text of each. All must complete."""
+        self.workers += 1
+        runtime = GuestRuntime(self.workers, self.tokenizer, self.facts)
+        for number, (wasm, text, seed) in enumerate(jobs):
+            artifact = compile_module_sync(wasm, self.cache).artifact
+            runtime.start(StartRun(number, "t", wasm.stem, str(artifact), text.encode(), seed, RunLimits(), 1 << 20))
+        output = [b""] * len(jobs)
+        codes: dict[int, int] = {}
+        replies = 0
+        while len(codes) < len(jobs):
+            turn = runtime.turn(time.monotonic())
+            self.engine.submit(self.workers, turn.ops)
+            for event in turn.events:
+                if isinstance(event, Output):
+                    output[event.run] += event.data
+                elif isinstance(event, RunFinished):
+                    assert event.outcome == "complete", event.error
+                    codes[event.run] = event.code
+            # The engine steps when every guest waits for it, so that a step serves them all.
+            if not turn.busy and self.engine.has_work():
+                replies += 1
+                runtime.deliver(EngineReply(replies, self.engine.step().get(self.workers, [])))
+        runtime.close()
+        return [(codes[number], text.decode()) for number, text in enumerate(output)]
+
+
+@pytest.fixture(scope="module")
+def bench(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    # One thread: several of them wait for each other wherever the machine is busy with something else.
+    threads = torch.get_num_threads()
+    tokenizer = Tokenizer(model_folder)
+    facts = ModelFacts.load(model_folder, bos=tokenizer.bos, eos=tokenizer.eos)
+    engine = load_engine(model_folder, EngineOptions(dtype="float32", pages=512, threads=1))
+    yield Bench(engine, tokenizer, facts, tmp_path_factory.mktemp("compiled"))
+    torch.set_num_threads(threads)
+
+
+def test_constrained_matches_its_grammar_hot(bench: Bench) -> None:
+    ran = bench.run([(CONSTRAINED, '{"temperature": 1.5}', seed) for seed in range(20)])
+    for code, text in ran:
+        assert code == 0
+        assert re.fullmatch(GRAMMAR, text), text
+    assert len(set(ran)) == 20
+
+
+def test_constrained_samplers_agree_when_greedy(bench: Bench) -> None:
+    """With either sampler the most likely allowed token is the same one."""
+    inputs = [json.dumps({"temperature": 0, "sampler": sampler}) for sampler in ("guest", "engine", "both")]
+    ran = bench.run([(CONSTRAINED, text, 1) for text in inputs])
+    assert len(set(ran)) == 1
+    assert re.fullmatch(GRAMMAR, ran[0][1])
+
+
+def test_generate_and_chat_agree_when_greedy(bench: Bench) -> None:
+    options = json.dumps({"prompt": "What is the capital of France?", "max_tokens": 12, "temperature": 0, "top_p": 1})
+    one, two = bench.run([(GENERATE, options, 1), (CHAT, options, 2)])
+    assert one == two
+    assert "Paris" in one[1]
+
+
+def test_best_of_n_ranks_real_answers(bench: Bench) -> None:
+    [(code, text)] = bench.run([(BEST, '{"prompt": "Name a colour.", "n": 3, "max_tokens": 8}', 1)])
+    assert code == 0
+    rows = [line.split("  ") for line in text.rsplit("\n\n", 1)[1].splitlines()[1:]]
+    scores = [float(row[1]) for row in rows]
+    assert len(scores) == 3 and scores == sorted(scores, reverse=True) and scores[-1] < 0
