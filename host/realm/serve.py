@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import realm.guests
-from realm.engine.environment import ENGINE_PROCESS
+from realm.engine.environment import THREADS
 from realm.errors import RealmError
 from realm.gateway.artifacts import Compiled
 from realm.gateway.functions import GENERATE
@@ -230,7 +230,7 @@ class Supervisor:
             *("--socket", str(path), "--model", str(self._model), "--dtype", settings.dtype),
             *("--kv-pages", str(settings.kv_pages), "--token-budget", str(settings.token_budget)),
             *("--max-sequences", str(settings.max_sequences), "--threads", str(settings.threads)),
-            environment=ENGINE_PROCESS,
+            environment=THREADS,
         )
         self._client = client = EngineClient()
         exited = asyncio.create_task(child.wait(), name="the engine's exit")

@@ -26,7 +26,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,34 +91,18 @@ def run_native(model: Path, counts: list[int], prompt: int, new: int) -> dict[st
     return {"rates": rates, "busy": busy}
 
 
-class MemoryWatch:
-    """Peak memory of a process and all its children: proportional (shared pages counted once) and resident."""
+def memory_megabytes(pid: int) -> dict[str, float]:
+    """Of a process and its children: the sum of their peaks, and what they hold now without counting
+    shared pages twice. Read once, after the load: sampling it meanwhile slows what it watches."""
+    import psutil
 
-    def __init__(self, pid: int) -> None:
-        import psutil
-
-        self._root = psutil.Process(pid)
-        self._stop = threading.Event()
-        self.peak_pss = self.peak_rss = 0
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-
-    def _watch(self) -> None:
-        import psutil
-
-        while not self._stop.wait(0.5):
-            pss = rss = 0
-            with contextlib.suppress(psutil.NoSuchProcess):
-                for process in [self._root, *self._root.children(recursive=True)]:
-                    info = process.memory_full_info()
-                    pss += info.pss
-                    rss += info.rss
-            self.peak_pss = max(self.peak_pss, pss)
-            self.peak_rss = max(self.peak_rss, rss)
-
-    def stop(self) -> None:
-        self._stop.set()
-        self._thread.join()
+    root = psutil.Process(pid)
+    peak = held = 0
+    for process in [root, *root.children(recursive=True)]:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        peak += int(status.split("VmHWM:")[1].split()[0]) * 1024
+        held += process.memory_full_info().pss
+    return {"peak_mb": peak / 1e6, "held_mb": held / 1e6}
 
 
 @contextlib.contextmanager
@@ -151,10 +134,8 @@ def server(home: Path, model: Path) -> Iterator[tuple[str, str, int]]:
 
 def run_guests(model: Path, counts: list[int], prompt: int, new: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as home, server(Path(home) / "realm", model) as (url, key, pid):
-        memory = MemoryWatch(pid)
         result = asyncio.run(_drive_guests(url, key, counts, prompt, new))
-        memory.stop()
-        return {**result, "peak_pss_mb": memory.peak_pss / 1e6, "peak_rss_mb": memory.peak_rss / 1e6}
+        return {**result, **memory_megabytes(pid)}
 
 
 async def _drive_guests(url: str, key: str, counts: list[int], prompt: int, new: int) -> dict[str, Any]:
@@ -249,7 +230,7 @@ def report(results: dict[str, list[dict[str, Any]]], counts: list[int], options:
         cells += [f"{row[key]:.2f}" for key in ("over_transformers", "over_native", "over_one")]
         print(f"| {count} | {' | '.join(cells)} |")
     last = results["guests"][-1]
-    print(f"\npeak memory of all processes: {last['peak_pss_mb']:.0f} MB (resident sum {last['peak_rss_mb']:.0f} MB)")
+    print(f"\nmemory of all processes: peaks sum to {last['peak_mb']:.0f} MB; {last['held_mb']:.0f} MB held at the end")
     print(f"from run to the guest's first host call: {last['first_call_ms']:.2f} ms (median, inside the worker)")
     for count, step in last["steps"].items():
         print(

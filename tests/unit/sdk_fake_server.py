@@ -102,3 +102,8 @@ async def fake_server(script: Script, *, greet: bool = True) -> AsyncIterator[Fa
             await asyncio.wait(running, timeout=5)
     if failed:
         raise failed[0]
+
+
+async def idle(peer: Peer) -> None:
+    """The end of a script that has no more to say: wait for the client to leave."""
+    await peer.socket.wait_closed()

@@ -73,8 +73,7 @@ def cancel(
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="Text to continue, or with --chat a message to answer.")],
-    chat: Annotated[bool, typer.Option("--chat", help="Send the prompt as a user's message.")] = False,
+    prompt: Annotated[str, typer.Argument(help="A message to answer (text to continue, if the model cannot chat).")],
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="1 is off.")] = 1.0,
@@ -87,7 +86,7 @@ def generate(
     if seed is not None:
         params["seed"] = seed
     with connect(url, key) as client:
-        stream = client.stream([{"role": "user", "content": prompt}] if chat else prompt, **params)
+        stream = client.stream(prompt, **params)
         for piece in stream:
             write(piece.text)
     write("\n")

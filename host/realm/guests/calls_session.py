@@ -57,8 +57,12 @@ class SessionCalls:
 
     def log(self, run: GuestRun, level: int, text: bytes) -> int:
         run.charge(len(text))
-        if not run.write_log(LOG_LEVELS[level], text.decode("utf-8", "replace")):
+        line = text.decode("utf-8", "replace")
+        if not run.write_log(LOG_LEVELS[level], line):
             return int(ErrorCode.LIMIT)
+        if LOG_LEVELS[level] == "error":
+            # What the guest itself says of its failure belongs into its report.
+            run.last_error = line
         return 0
 
     # --- store ------------------------------------------------------------------------------------

@@ -190,7 +190,11 @@ class Client:
     async def _read(self, socket: ClientConnection) -> None:
         try:
             while True:
-                event = self._protocol.receive(await socket.recv())
+                frame = await socket.recv()
+                # Once the connection counts as lost, nobody waits for what is still on its way.
+                if self._lost is not None:
+                    continue
+                event = self._protocol.receive(frame)
                 if event is not None:
                     self._dispatch(event)
         except ConnectionClosed as error:
@@ -337,7 +341,8 @@ class Client:
         """Text from the model. Cancelling the waiting task cancels the generation.
 
         Args:
-            prompt: a text, or chat messages (``[{"role": …, "content": …}]``).
+            prompt: a text (a user's message, where the model has a chat template), or messages
+                (``[{"role": …, "content": …}]``).
             wait_timeout: seconds to wait; None waits as long as it takes.
             params: ``model``, ``max_tokens``, ``temperature``, ``top_p``, ``top_k``, ``min_p``,
                 ``repetition_penalty``, ``seed``, ``stop``.
