@@ -10,8 +10,9 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType
-from realm.models.tokenizer import byte_alphabet
 from safetensors.numpy import save_file
+
+from realm.models.tokenizer import byte_alphabet
 
 HIDDEN, INNER, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 64, 96, 2, 4, 2, 16
 MERGES = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("i", "n"), ("in", "g")]

@@ -147,9 +147,7 @@ def test_random_arrivals_in_chunks_of_64(
 ) -> None:
     rng = random.Random(5)
     arrivals = [rng.randrange(200) for _ in prompts]
-    assert_same(
-        oracle, prompts, Fleet(model_folder, pages=4000, token_budget=64).generate(prompts, arrivals), together
-    )
+    assert_same(oracle, prompts, Fleet(model_folder, pages=4000, token_budget=64).generate(prompts, arrivals), together)
 
 
 def test_preemption(

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from realm.engine.sampling import draw
@@ -60,6 +60,8 @@ params = st.builds(
 
 
 @settings(max_examples=150, deadline=None)
+@example([SamplingParams(100.0, 200, 0.001, uniform=0.75)], 0, 2000, False)
+@example([SamplingParams(2.5, 128, uniform=0.25)], 2, 300, True)
 @given(
     st.lists(params, min_size=1, max_size=6),
     st.integers(0, 2**32 - 1),

@@ -91,8 +91,13 @@ def _shape(row: Tensor, p: SamplingParams, history: np.ndarray | None) -> None:
 
 def _draw_rows(shaped: Tensor, params: list[SamplingParams], tokens: Tensor) -> None:
     """Fill ``tokens`` for the rows with a temperature."""
-    filtered = [r for r, p in enumerate(params) if p.temperature > 0 and (p.top_k > 0 or p.top_p < 1)]
-    whole = [r for r, p in enumerate(params) if p.temperature > 0 and not (p.top_k > 0 or p.top_p < 1)]
+    filtered: list[int] = []
+    whole: list[int] = []
+    for row, p in enumerate(params):
+        if p.temperature > 0:
+            # A top-k beyond the candidates could not be decided there: its mass is not known.
+            narrow = 0 < p.top_k <= CANDIDATES or (p.top_k == 0 and p.top_p < 1)
+            (filtered if narrow else whole).append(row)
     if filtered:
         whole += _draw_from_top(shaped, params, filtered, min(CANDIDATES, shaped.shape[1]), tokens)
     if whole:
@@ -121,7 +126,8 @@ def _keep_mass(scaled: Tensor, mass: Tensor, weights: Tensor, wanted: Tensor) ->
     threshold, exactly. All arguments are [m, vocab] but ``wanted``, [m, 1] float64; a row whose
     whole mass is below ``wanted`` is kept whole.
     """
-    bits = scaled.contiguous().view(torch.int32)
+    # Adding 0 makes -0 and 0, which are equal, the same bits.
+    bits = (scaled + 0.0).view(torch.int32)
     order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     exact = mass.double()
     upper = ((order >> 16) + 32768).long()
@@ -149,7 +155,10 @@ def _bucket(keys: Tensor, mass: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]
 def _draw_from_top(
     shaped: Tensor, params: list[SamplingParams], rows: list[int], size: int, tokens: Tensor
 ) -> list[int]:
-    """Draw for the rows that the ``size`` most likely tokens decide; returns the undecided rows."""
+    """Draw for the rows that the ``size`` most likely tokens decide; returns the undecided rows.
+
+    Rows have a top-k of at most ``size``, or only a top-p.
+    """
     vocab = shaped.shape[1]
     at = torch.tensor(rows, device=shaped.device)
     scaled = shaped[at].div_(_column(params, rows, "temperature"))
@@ -166,9 +175,9 @@ def _draw_from_top(
     weights = torch.where(rank < top_k, weights, 0.0)
     mass = weights.cumsum(-1)
     total = mass[:, -1:]
-    if size < vocab and bool((top_k > size).any()):
+    if size < vocab and bool((top_k == vocab).any()):
         everything = (scaled - best).exp_().sum(-1, keepdim=True, dtype=torch.float64)
-        total = torch.where(top_k > size, everything, total)
+        total = torch.where(top_k == vocab, everything, total)
     top_p = _column(params, rows, "top_p").double()
     # A weight of 0 (masked out) is never kept, so a narrow mask is decided by the first candidates.
     keep = (rank < top_k) & (weights > 0) & ((mass - weights < top_p * total) | (top_p >= 1))

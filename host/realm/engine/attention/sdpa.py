@@ -76,9 +76,7 @@ class KvCache:
         # An anonymous mapping is zero and committed page by page; torch.zeros would write, and so commit,
         # all of it, and numpy asks for huge pages, which are committed whole when 2 KiB are touched.
         size = math.prod(shape) * dtype.itemsize
-        self.layers = [
-            torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(shape).to(device) for _ in range(layers)
-        ]
+        self.layers = [torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(shape).to(device) for _ in range(layers)]
         # Where the head-pages of page 0 lie in the flattened cache, [2, kv_heads].
         self.offsets = np.arange(2 * kv_heads).reshape(2, kv_heads) * pages
 
