@@ -91,6 +91,14 @@ async def test_a_slow_reader_pauses_only_its_own_guest(tmp_path: Path) -> None:
 
 
 @async_test
+async def test_small_messages_do_not_wait_for_acknowledgements(tmp_path: Path) -> None:
+    async with fake_host(tmp_path) as host, host.client():
+        (connection,) = host.gateway.connections
+        accepted = connection._transport.get_extra_info("socket")  # type: ignore[union-attr]
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+@async_test
 async def test_unstreamed_runs_need_no_reader(tmp_path: Path) -> None:
     flood = Flood(1 << 20)
     async with fake_host(tmp_path, script=flood) as host, host.client() as client:

@@ -73,6 +73,8 @@ class Call:
         return self._items[0] if self._items else self._last()
 
     async def _ready(self, wait: float | None) -> None:
+        if self._items or self._end is not None:
+            return
         try:
             async with asyncio.timeout(wait):
                 while not self._items and self._end is None:
