@@ -1,13 +1,9 @@
-# Everything a developer types. Needs make and Python 3.11 or newer; the rest goes into .venv.
+# Everything a developer types. Needs make and Python 3.11 or 3.12; the rest goes into .venv.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Imported models stay between runs; the demo's registry does not.
-export REALM_HOME ?= $(CURDIR)/.cache/realm-home
-export REALM_TEST_HOME ?= $(REALM_HOME)
-
 .PHONY: help demo test lint types venv guests check-guests bench clean
 
 help:
@@ -16,15 +12,15 @@ help:
 	@echo "make lint    ruff        make types   mypy"
 	@echo "make guests  rebuild the guests' .wasm with zig"
 	@echo "make bench   the benchmarks"
-	@echo "make clean   remove .venv, caches and imported models"
+	@echo "make clean   remove .venv and caches (imported models stay)"
 
 venv: $(STAMP)
 
 # torch comes first and alone: pip then takes a CPU build from a local wheel folder where one is configured
 # (find-links), and the later steps leave it as it is. Elsewhere this gets the index's build.
 $(STAMP): pyproject.toml sdk/python/pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-		echo "Realm needs Python 3.11 or newer, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." >&2; \
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' || { \
+		echo "Realm needs Python 3.11 or 3.12, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." >&2; \
 		echo "Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
@@ -51,6 +47,8 @@ check-guests: $(STAMP)
 	$(BIN)/python guest_modules/build.py --check
 
 bench: $(STAMP)
+	$(BIN)/python -m tests.benchmarks.bench_guests
+	$(BIN)/python -m tests.benchmarks.gateway_frames
 	$(BIN)/python -m tests.benchmarks.bench_serving
 
 clean:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 
 from realm.models.importer import import_model
+from realm.settings import default_home
 
 MODEL = "smollm2-135m-instruct"
 
 
 @pytest.fixture(scope="session")
 def realm_home() -> Path:
-    """A data folder kept between test runs, so that the real model is imported once."""
-    return Path(os.environ.get("REALM_TEST_HOME") or Path(__file__).parent.parent / ".cache" / "realm-home")
+    """The data folder, of which tests use only the imported model: so it is imported once."""
+    return default_home()
 
 
 @pytest.fixture(scope="session")

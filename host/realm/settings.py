@@ -19,8 +19,8 @@ def default_home() -> Path:
 
 
 def default_workers() -> int:
-    """Half of the processors: the engine's threads need the others."""
-    return max(1, (os.cpu_count() or 2) // 2)
+    """Half of the processors that this process may use: the engine's threads need the others."""
+    return max(1, len(os.sched_getaffinity(0)) // 2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

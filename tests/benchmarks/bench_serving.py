@@ -208,12 +208,14 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=64, help="prompt tokens")
     parser.add_argument("--new", type=int, default=64, help="new tokens")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--model", type=Path, help="model folder (default: the tests' model)")
+    parser.add_argument("--model", type=Path, help="model folder (default: the one that make demo imports)")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    from realm.settings import default_home
+
     counts = [int(count) for count in options.guests.split(",")]
-    model = options.model or REPOSITORY / ".cache" / "realm-home" / "models" / "smollm2-135m-instruct"
+    model = options.model or default_home() / "models" / "smollm2-135m-instruct"
     if options.case:
         run = {"transformers": run_transformers, "native": run_native, "guests": run_guests}[options.case]
         print(json.dumps(run(model.resolve(), counts, options.prompt, options.new)))

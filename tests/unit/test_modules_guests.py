@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from realm.guests.abi import ErrorCode
-from tests.guest_bench import ANSWER, EOS, START, VOCAB, WORD, Ran, answers, run_guest
+from tests.guest_harness import ANSWER, EOS, START, VOCAB, WORD, Ran, answers, run_guest
 from tests.unit.test_modules_abi import ROOT, build
 
 PATHS = {guest.name: guest.path for guest in build.GUESTS}

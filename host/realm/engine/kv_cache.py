@@ -104,9 +104,6 @@ class PagePool:
             else:
                 self._free.append(page)
 
-    def is_shared(self, page: int) -> bool:
-        return self._references[page] > 1
-
     def make_writable(self, page: int) -> bool:
         """Whether the only holder may write into the page; if so, it is no longer found by key."""
         if self._references[page] != 1:
