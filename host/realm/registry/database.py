@@ -187,8 +187,8 @@ class Database:
         if tenant is not None and not self._row("SELECT 1 FROM tenants WHERE name = ?", tenant):
             raise RealmError("tenant_not_found", f"there is no tenant {tenant!r}")
         rows = self.connection.execute(
-            "SELECT id, tenant, created, revoked FROM keys WHERE ?1 IS NULL OR tenant = ?1 ORDER BY created, id",
-            (tenant,),
+            "SELECT id, tenant, created, revoked FROM keys WHERE ? IS NULL OR tenant = ? ORDER BY created, id",
+            (tenant, tenant),
         )
         return [KeyRecord(*row) for row in rows]
 
@@ -237,7 +237,7 @@ class Database:
             (tenant, name, record.version, sha256, size, record.created, msgspec.json.encode(imports).decode()),
         )
         self.connection.execute(
-            "INSERT INTO modules VALUES (?1, ?2, ?3) ON CONFLICT (tenant, name) DO UPDATE SET version = ?3",
+            "INSERT INTO modules VALUES (?, ?, ?) ON CONFLICT (tenant, name) DO UPDATE SET version = excluded.version",
             (tenant, name, record.version),
         )
         return record
@@ -314,8 +314,8 @@ class Database:
         """The latest finished runs, newest first, of one tenant or (None) of all."""
         rows = self.connection.execute(
             "SELECT number, tenant, module, sha256, status, started, finished, code, usage, error FROM runs "
-            "WHERE status <> 'running' AND (?1 IS NULL OR tenant = ?1) ORDER BY number DESC LIMIT ?2",
-            (tenant, limit),
+            "WHERE status <> 'running' AND (? IS NULL OR tenant = ?) ORDER BY number DESC LIMIT ?",
+            (tenant, tenant, limit),
         )
         return [
             RunRecord(
@@ -335,7 +335,7 @@ class Database:
 
     def run_log(self, tenant: str | None, number: int) -> list[LogLine]:
         """Raises RealmError ``run_not_found`` for another tenant's, too."""
-        row = self._row("SELECT log FROM runs WHERE number = ?1 AND (?2 IS NULL OR tenant = ?2)", number, tenant)
+        row = self._row("SELECT log FROM runs WHERE number = ? AND (? IS NULL OR tenant = ?)", number, tenant, tenant)
         if row is None:
             raise RealmError("run_not_found", f"there is no run r{number}")
         return msgspec.json.decode(row[0], type=list[LogLine]) if row[0] else []
@@ -359,7 +359,7 @@ class Database:
             return False
         if value:
             self.connection.execute(
-                "INSERT INTO store VALUES (?1, ?2, ?3) ON CONFLICT (tenant, key) DO UPDATE SET value = ?3",
+                "INSERT INTO store VALUES (?, ?, ?) ON CONFLICT (tenant, key) DO UPDATE SET value = excluded.value",
                 (tenant, key, value),
             )
         else:
