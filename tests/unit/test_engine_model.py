@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from realm.errors import RealmError
@@ -77,9 +77,11 @@ def test_a_wrong_configuration_names_the_field(change: dict[str, object], field:
 junk = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=5,
 )
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(st.sampled_from([*SHAPE, "rope_scaling", "rope_theta", "rms_norm_eps", "head_dim"]), junk))
 def test_no_configuration_raises_anything_else(change: dict[str, object]) -> None:
     with contextlib.suppress(RealmError):
