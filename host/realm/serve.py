@@ -31,7 +31,7 @@ from realm.gateway.functions import GENERATE
 from realm.gateway.gateway import Gateway
 from realm.gateway.links import EngineClient
 from realm.gateway.server import ClientServer
-from realm.models.store import find_model, list_models
+from realm.models.store import choose_model, list_models
 from realm.registry.thread import Registry
 from realm.settings import ServeSettings
 
@@ -341,20 +341,6 @@ async def _compile(wasm: Path, cache: Path) -> Compiled:
     return await compile_module(wasm, cache)
 
 
-def _choose_model(settings: ServeSettings) -> Path:
-    """The model's folder. Raises RealmError ``model_not_found``."""
-    if settings.model:
-        return find_model(settings.home, settings.model)
-    names = [entry.name for entry in list_models(settings.home)]
-    if len(names) != 1:
-        raise RealmError(
-            "model_not_found",
-            f"say which model to serve: {', '.join(names)}" if names else "no model has been imported yet",
-            details={"available": names},
-        )
-    return find_model(settings.home, names[0])
-
-
 @contextlib.asynccontextmanager
 async def running(settings: ServeSettings) -> AsyncIterator[ServeInfo]:
     """A whole host while the context lasts; the end is graceful and takes some five seconds at most.
@@ -362,7 +348,7 @@ async def running(settings: ServeSettings) -> AsyncIterator[ServeInfo]:
     Raises:
         RealmError: ``model_not_found``, ``already_running``, ``address_in_use`` or ``engine_start``.
     """
-    model = _choose_model(settings)
+    model = choose_model(settings.home, settings.model)
     sockets = Path(tempfile.mkdtemp(prefix="realm-"))
     try:
         with locked_home(settings.home):

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
+import re
+import struct
 import subprocess
 import sys
+import termios
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -17,8 +21,12 @@ from typer.testing import CliRunner, Result
 
 from realm.cli.app import app
 from realm.cli.connection import Login, login_file, read_login, save_login
-from realm.cli.terminal import printable, size
+from realm.cli.terminal import printable, size, when
 from realm.errors import RealmError
+from realm.models.store import choose_model
+from realm.registry.blobs import BlobStore
+from realm.registry.database import Database
+from realm.serve import locked_home
 from tests.unit.sdk_fake_server import Peer, Script, fake_server
 
 Invoke = Callable[..., Result]
@@ -144,6 +152,20 @@ def test_server_error_with_backtrace(invoke: Invoke) -> None:
     assert "\x1b" not in result.stderr
 
 
+def test_server_error_with_details(invoke: Invoke) -> None:
+    details = {"allowed": ["realm.emit", "realm.seq_new\x1b"], "correlation": "c0ffee"}
+
+    async def script(peer: Peer) -> None:
+        await peer.fail(await peer.expect("ps"), "busy", "no", details=details, retry_after=1.5)
+
+    with serving(script) as url:
+        result = invoke("ps", "--url", url, "--key", "k")
+    assert result.exit_code == 1
+    assert "\nallowed: realm.emit, realm.seq_new\ufffd\n" in result.stderr
+    assert "\ncorrelation: c0ffee" in result.stderr
+    assert "\nretry after 1.5 s\n" in result.stderr
+
+
 @pytest.mark.parametrize("arguments", [["nonsense"], ["ps", "--limit", "0"], ["run"], ["push", "no-such-file"]])
 def test_wrong_usage_exits_with_2(invoke: Invoke, arguments: list[str]) -> None:
     assert invoke(*arguments).exit_code == 2
@@ -246,7 +268,8 @@ def test_run_with_input_that_cannot_be_sent(invoke: Invoke, tmp_path: Path, cont
 def test_run_of_a_missing_file(invoke: Invoke) -> None:
     result = invoke("run", "no-such.wasm")
     assert result.exit_code == 1
-    assert result.stderr.startswith("module_not_found: ")
+    assert result.stderr.startswith("file_not_found: there is no file no-such.wasm")
+    assert "hint: " in result.stderr and "realm modules list" not in result.stderr
 
 
 def test_push_takes_the_name_of_the_file(invoke: Invoke, tmp_path: Path) -> None:
@@ -296,6 +319,74 @@ def test_tables(invoke: Invoke) -> None:
         # A new key stands alone on standard output.
         for command in ("tenants add t", "keys add t"):
             assert invoke(*command.split(), "--url", url, "--key", "k").stdout == "new-key\n"
+
+
+def ps_answer() -> dict[str, dict[str, object]]:
+    """Runs as wide as real ones get."""
+    error = {"code": "fuel_exhausted", "message": "m"}
+    run = {"run": "r12345", "module": "constrained", "status": "error", "started": 1.0, "seconds": 123.4}
+    usage = USAGE | {"fuel": 19_999_123_456, "new_tokens": 12345}
+    wide = {"module": "m" * 64, "tenant": "t" * 63}
+    first = run | {"usage": usage, "error": error, "tenant": "globex"}
+    return {"ps": {"runs": [first, first | wide], "engine": {}}}
+
+
+def test_ps_into_a_pipe_cuts_nothing(invoke: Invoke) -> None:
+    with serving(answering(ps_answer())) as url:
+        result = invoke("ps", "--all", "--url", url, "--key", "k")
+    header, first, wide = result.stdout.splitlines()
+    assert header.split() == ["RUN", "TENANT", "MODULE", "STATUS", "STARTED", "SECONDS", "TOKENS", "FUEL"]
+    end = ["error", "(fuel_exhausted)", *when(1.0).split(), "123.4", "12345", "19,999,123,456"]
+    assert first.split() == ["r12345", "globex", "constrained", *end]
+    assert wide.split() == ["r12345", "t" * 63, "m" * 64, *end]
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+def test_ps_on_a_terminal_keeps_numbers_whole(tmp_path: Path, columns: int) -> None:
+    with serving(answering(ps_answer())) as url:
+        lines = on_terminal(tmp_path, columns, "ps", "--all", "--url", url, "--key", "k")
+    assert all(len(line) <= columns for line in lines)
+    rows = [line.split() for line in lines if line.startswith("r12345")]
+    assert len(rows) == 2
+    for row in rows:
+        end = ["12345", "19,999.1", "M"] if columns == 80 else ["12345", "19,999,123,456"]
+        assert row[-len(end) :] == end
+    text = "".join("".join(lines).split())
+    for letter in "mt":
+        assert text.count(letter) > 63, "a long name goes on in the next line"
+    assert "\u2026" not in text
+
+
+def on_terminal(home: Path, columns: int, *arguments: str) -> list[str]:
+    """The lines that ``realm`` draws on a real terminal of so many columns."""
+    controller, terminal = os.openpty()
+    try:
+        fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
+        environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR")}
+        done = subprocess.Popen(
+            [sys.executable, "-m", "realm.cli", *arguments],
+            stdin=terminal,
+            stdout=terminal,
+            stderr=subprocess.DEVNULL,
+            env=environment | {"TERM": "xterm", "XDG_CONFIG_HOME": str(home)},
+        )
+        os.close(terminal)
+        drawn = b""
+        # Reading fails once the last process has closed the terminal.
+        with suppress(OSError):
+            while piece := os.read(controller, 65536):
+                drawn += piece
+        assert done.wait(20) == 0, drawn
+    finally:
+        os.close(controller)
+    return [line.rstrip() for line in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", drawn.decode()).splitlines()]
+
+
+def test_logs_of_a_run_that_logged_nothing(invoke: Invoke) -> None:
+    with serving(answering({"logs": {"run": "r1", "lines": []}})) as url:
+        result = invoke("logs", "r1", "--url", url, "--key", "k")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert result.stderr == "r1 has logged nothing\n"
 
 
 def test_generate_streams(invoke: Invoke) -> None:
@@ -354,9 +445,74 @@ def test_client_commands_start_without_torch(tmp_path: Path) -> None:
 
 
 def test_choose_model_needs_a_choice(tmp_path: Path) -> None:
-    from realm.cli.models import choose_model
+    def refused(name: str) -> RealmError:
+        with pytest.raises(RealmError) as caught:
+            choose_model(tmp_path, name)
+        assert caught.value.code == "model_not_found"
+        return caught.value
 
-    with pytest.raises(RealmError, match="no model is imported"):
-        choose_model(tmp_path, "")
-    with pytest.raises(RealmError, match="no model is called"):
-        choose_model(tmp_path, "x")
+    for name in ("", "x"):
+        assert "no model is imported yet" in refused(name).message
+        assert "realm models import" in refused(name).message
+        assert refused(name).details == {"available": []}
+    one = tmp_path / "models" / "one"
+    for folder in (one, one.with_name("two")):
+        folder.mkdir(parents=True)
+        (folder / "realm.json").write_text("{}")
+        assert choose_model(tmp_path, "one") == one
+        if folder == one:
+            assert choose_model(tmp_path, "") == one
+    for name in ("", "x", "../one"):
+        assert "--model from one, two" in refused(name).message
+        assert refused(name).details == {"available": ["one", "two"]}
+
+
+# --- a lost admin key ----------------------------------------------------------------------------
+
+
+def test_a_lost_admin_key_is_replaced_without_a_server(invoke: Invoke, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    lost = _first_start(home)
+    result = invoke("keys", "add", "admin", "--offline")
+    assert result.exit_code == 0, result.output
+    key = result.stdout.removesuffix("\n")
+    assert "admin" in result.stderr and key not in result.stderr
+    database = Database(home / "registry.sqlite", BlobStore(home))
+    try:
+        found = database.authenticate(key)
+        assert found is not None and found.admin and key != lost
+        # The lost one stays good until somebody revokes it.
+        assert database.authenticate(lost) is not None
+    finally:
+        database.close()
+
+
+def test_offline_keys_need_a_stopped_server_and_its_registry(invoke: Invoke, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    result = invoke("keys", "add", "admin", "--offline")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("file_not_found: ") and "realm serve" in result.stderr
+    assert not home.exists()
+    _first_start(home)
+    with locked_home(home):
+        result = invoke("keys", "add", "admin", "--offline")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("already_running: ")
+    result = invoke("keys", "add", "nobody", "--offline")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("tenant_not_found: ")
+
+
+def test_help_says_what_to_do_about_a_lost_admin_key(invoke: Invoke) -> None:
+    text = " ".join(invoke("keys", "add", "--help").output.split())
+    assert "realm keys add admin --offline" in text
+
+
+def _first_start(home: Path) -> str:
+    """A registry as the first ``realm serve`` leaves it; the admin's key."""
+    home.mkdir(mode=0o700)
+    database = Database(home / "registry.sqlite", BlobStore(home))
+    made = database.ensure_admin()
+    database.close()
+    assert made is not None
+    return made.key

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from realm.cli import demo
 from realm.cli.demo import Outcome, Part, Phase, check, parts
 from realm.cli.demo_view import StreamView
+from realm.errors import RealmError
 from realm_sdk import Usage
 
 GRAMMAR = (Path(__file__).parents[2] / "guest_modules" / "constrained" / "grammar.txt").read_text().rstrip("\n")
@@ -82,3 +86,43 @@ def test_view_on_a_terminal_draws_columns() -> None:
     drawn = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
     for text in ("acme: chat", "globex: best", "initech: json", "hello [bold]there[/bold]"):
         assert text in drawn
+
+
+STAND_IN = """
+import signal, sys, time
+def end(number, frame):
+    print("the end", file=sys.stderr)
+    sys.exit({status})
+signal.signal(signal.SIGTERM, end)
+print('{{"url": "ws://127.0.0.1:1", "admin_key": "k"}}', flush=True)
+while True:
+    time.sleep(10)
+"""
+"""A server that says it is ready and ends with a given status."""
+
+
+def stand_in(status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Puts the stand-in where the demo looks for Python."""
+    program = tmp_path / "python"
+    program.write_text(f"#!{sys.executable}\n{STAND_IN.format(status=status)}")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setenv("REALM_HOME", str(tmp_path / "home"))
+
+
+async def serve_and_end() -> str:
+    async with demo._server("m") as ready:
+        return ready.url
+
+
+def test_a_server_that_ends_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(0, tmp_path, monkeypatch)
+    assert asyncio.run(serve_and_end()) == "ws://127.0.0.1:1"
+
+
+def test_a_server_that_ends_badly_fails_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(3, tmp_path, monkeypatch)
+    with pytest.raises(RealmError) as caught:
+        asyncio.run(serve_and_end())
+    assert caught.value.code == "serve_failed"
+    assert "status 3" in caught.value.message and "the end" in caught.value.message

@@ -7,13 +7,14 @@ import hashlib
 import json
 import socket
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.frames import Close
 from websockets.typing import Subprotocol
 
+from realm.gateway import protocol as p
 from realm.settings import GatewayLimits
 from tests.fake_host import WASM, FakeClient, async_test, eventually, fake_host, hang
 
@@ -234,6 +235,40 @@ async def test_wrong_parameters_are_named(tmp_path: Path, function: str, params:
         assert reply["error"]["details"]["param"] == name
         assert name in reply["error"]["message"]
         assert not host.worker.starts
+
+
+@pytest.mark.parametrize(
+    ("function", "params", "message"),
+    [
+        ("logs", {"run": "17"}, "'run': must be a run's id, text such as r17"),
+        ("cancel", {"run": "r1\n"}, "'run': must be a run's id, text such as r17"),
+        ("tenants.add", {"name": "bad name!"}, "'name': must be 1 to 63 of a-z, 0-9, '_', '.' and '-', and begin"),
+        ("keys.list", {"tenant": "A"}, "'tenant': must be 1 to 63 of a-z, 0-9, "),
+        ("run", {"module": "a b"}, "'module': must be 1 to 64 of A-Z, a-z, 0-9, "),
+        ("modules.begin", {"name": "x", "size": 1, "sha256": "0" * 63}, "'sha256': must be 64 of 0-9 and a-f"),
+    ],
+)
+@async_test
+async def test_patterns_are_put_in_words(tmp_path: Path, function: str, params: Any, message: str) -> None:
+    async with fake_host(tmp_path) as host, host.client("admin") as client:
+        error = await client.error(function, **params)
+        assert error["code"] == "invalid_params"
+        assert error["message"].startswith(f"{function}: parameter {message}")
+        assert "regex" not in error["message"] and "^" not in error["message"]
+
+
+def test_every_pattern_has_words() -> None:
+    def patterns(hint: Any) -> list[str]:
+        own = [meta.pattern for meta in getattr(hint, "__metadata__", ()) if getattr(meta, "pattern", None)]
+        return own + [pattern for part in get_args(hint) for pattern in patterns(part)]
+
+    found = {
+        pattern
+        for function in p.FUNCTIONS.values()
+        for hint in get_type_hints(function.params, include_extras=True).values()
+        for pattern in patterns(hint)
+    }
+    assert found == p._IN_WORDS.keys()
 
 
 @async_test

@@ -6,7 +6,7 @@ import math
 import random
 import struct
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ import pytest
 from realm.guests import abi
 from realm.guests.abi import ErrorCode
 from realm.guests.sampling_reference import log_probabilities, most_likely
-from realm.messages import CallFailed, Forward
+from realm.messages import CallFailed, ClientMessage, Forward
 from tests import probe
 from tests.fakes import CONTEXT, FACTS, VOCAB, FakeTokenizer, Host, greedy, logits_of
 from tests.probe import ANSWER_AT, INPUT_AT, ITEMS_AT, MEMORY, OUTPUT_AT, STRUCT_AT, TOKENS_AT, call
@@ -42,8 +42,8 @@ def attacks() -> Iterator[tuple[str, str, int, tuple[int, ...], tuple[ErrorCode,
         for p in function.parameters:
             match p:
                 case abi.Scalar():
-                    for bad in [p.low - 1] * bool(p.low) if p.low else []:
-                        yield function.name, p.name, at, (bad,), (ErrorCode.INVALID_ARGUMENT,)
+                    if p.low:
+                        yield function.name, p.name, at, (p.low - 1,), (ErrorCode.INVALID_ARGUMENT,)
                     if p.high is not None:
                         for bad in (p.high + 1, 0xFFFFFFFF):
                             yield function.name, p.name, at, (bad,), (ErrorCode.INVALID_ARGUMENT,)
@@ -86,6 +86,105 @@ def test_a_bad_argument_is_an_error_code(
     assert warnings[0].startswith(f"{name}: ")
     answer.host.turn()
     answer.host.check_empty()
+
+
+def handles() -> Iterator[tuple[str, int]]:
+    """(function, position) of each handle parameter."""
+    for function in abi.FUNCTIONS:
+        at = 0
+        for p in function.parameters:
+            if isinstance(p, abi.Handle):
+                yield function.name, at
+            at += 2 if isinstance(p, abi.Input | abi.Output | abi.InOut) else 1
+
+
+HANDLES = list(handles())
+STALE = 2
+"""The handle that a guest of :func:`stale_module` made and freed."""
+
+HOLDER = """(module
+  (import "realm" "seq_new" (func $seq_new (result i32)))
+  (import "realm" "seq_len" (func $seq_len (param i32) (result i32)))
+  (import "realm" "recv" (func $recv (param i32 i32 i32) (result i32)))
+  (memory (export "memory") 1)
+  (func (export "realm_abi_version") (result i32) (i32.const 1))
+  (func (export "run") (result i32)
+    (drop (call $seq_new)) (drop (call $seq_new)) (drop (call $seq_new))
+    (drop (call $recv (i32.const 0) (i32.const 8) (i32.const 60000)))
+    (i32.add (call $seq_len (i32.const 1)) (i32.add (call $seq_len (i32.const 2)) (call $seq_len (i32.const 3))))))"""
+"""Has sequences 1 to 3, all empty, until a message comes; returns what their lengths add up to."""
+
+
+def stale_module(name: str, made: Callable[[str], str] = probe.module) -> str:
+    """The probe, with a second sequence made and freed before the call."""
+    text = made(name)
+    if name != "seq_free":
+        text = text.replace(
+            "(memory ", '(import "realm" "seq_free" (func $seq_free (param i32) (result i32))) (memory ', 1
+        )
+    begin = "(drop (call $input_read "
+    assert text.count(begin) == 1
+    setup = f"""
+        (if (i32.ne (call $seq_new) (i32.const {STALE})) (then (unreachable)))
+        (if (call $seq_free (i32.const {STALE})) (then (unreachable)))"""
+    return text.replace(begin, f"{setup} {begin}")
+
+
+def check_bad_handle(answer: probe.Answer, name: str) -> None:
+    assert answer.end.outcome == "complete"
+    if name == "batch_forward":
+        assert answer.fields(abi.ITEM, ITEMS_AT)["token"] == ErrorCode.BAD_HANDLE
+    else:
+        assert answer.result == ErrorCode.BAD_HANDLE
+        assert answer.untouched
+        warnings = [text for level, text in answer.host.logs(answer.run) if level == "warning"]
+        assert len(warnings) == 1 and warnings[0].startswith(f"{name}: ")
+
+
+def with_handle(name: str, at: int, handle: int) -> tuple[list[int], dict[int, bytes]]:
+    """Arguments that are right but for a handle; ``batch_forward`` has it in its item."""
+    arguments, blob = probe.valid_arguments(abi.BY_NAME[name])
+    if name == "batch_forward":
+        blob[ITEMS_AT] = struct.pack(abi.ITEM.format, handle, 1, TOKENS_AT, 0, 0, 0.0, 0, 0)
+    else:
+        arguments[at] = handle
+    return arguments, blob
+
+
+def test_there_are_handles_to_attack() -> None:
+    assert {"forward", "sample", "score", "seq_fork", "seq_free", "seq_len", "seq_save"} <= {
+        name for name, _ in HANDLES
+    }
+
+
+@pytest.mark.parametrize(("name", "at"), [*HANDLES, ("batch_forward", 0)])
+def test_a_stale_handle_is_refused(name: str, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "module", stale_module)
+    arguments, blob = with_handle(name, at, STALE)
+    answer = call(name, *arguments, blob=blob)
+    check_bad_handle(answer, name)
+    answer.host.turn()
+    answer.host.check_empty()
+
+
+@pytest.mark.parametrize(("name", "at"), [*HANDLES, ("batch_forward", 0)])
+def test_another_guests_handle_is_refused(name: str, at: int) -> None:
+    host = Host()
+    holder = host.start(HOLDER)
+    host.settle()
+    theirs = dict(host.engine.sequences)
+    assert len(theirs) == 3
+    arguments, blob = with_handle(name, at, 3)
+    answer = call(name, *arguments, blob=blob, host=host)
+    check_bad_handle(answer, name)
+    host.turn()
+    assert host.engine.sequences == theirs
+    # The holder lost nothing: its three sequences are there, and as empty as they were.
+    host.runtime.message(ClientMessage(holder, b"go"))
+    host.settle()
+    end = host.finished(holder)
+    assert end is not None and (end.outcome, end.code) == ("complete", 0)
+    host.check_empty()
 
 
 @pytest.mark.parametrize("name", [f.name for f in abi.FUNCTIONS])

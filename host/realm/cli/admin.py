@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from realm.cli.connection import KeyOption, UrlOption, connect
 from realm.cli.terminal import err, out, table, when
+from realm.errors import RealmError
+from realm.settings import default_home
+
+if TYPE_CHECKING:
+    from realm.registry.records import NewKey
 
 tenants_app = typer.Typer(help="Tenants (needs an admin key).", no_args_is_help=True)
 keys_app = typer.Typer(help="API keys (needs an admin key).", no_args_is_help=True)
@@ -35,12 +42,39 @@ def tenants_list(url: UrlOption = None, key: KeyOption = None) -> None:
 
 @keys_app.command("add")
 def keys_add(
-    tenant: Annotated[str, typer.Argument(help="The tenant's name.")], url: UrlOption = None, key: KeyOption = None
+    tenant: Annotated[str, typer.Argument(help="The tenant's name.")],
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Write to the data folder (REALM_HOME) of a server that is stopped.")
+    ] = False,
+    url: UrlOption = None,
+    key: KeyOption = None,
 ) -> None:
-    """Make another key for a tenant."""
+    """Make another key for a tenant.
+
+    A lost admin key: stop the server, then `realm keys add admin --offline` makes another.
+    """
+    if offline:
+        made_here = asyncio.run(_add_key_offline(default_home(), tenant))
+        _show_key(made_here.key, f"tenant {made_here.tenant}, key {made_here.id}")
+        return
     with connect(url, key) as client:
         made = client.add_key(tenant)
     _show_key(made.key, f"tenant {made.tenant}, key {made.id}")
+
+
+async def _add_key_offline(home: Path, tenant: str) -> NewKey:
+    # The server's packages are behind these imports.
+    from realm.registry.thread import Registry
+    from realm.serve import locked_home
+
+    if not (home / "registry.sqlite").is_file():
+        raise RealmError("file_not_found", f"{home} holds no registry: the first `realm serve` there prints the key")
+    with locked_home(home):
+        registry = await Registry.open(home)
+        try:
+            return await registry.run(lambda database: database.add_key(tenant))
+        finally:
+            await registry.close()
 
 
 @keys_app.command("list")

@@ -7,10 +7,14 @@ from typing import Annotated
 
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.table import Table
 
 from realm.cli.connection import DEFAULT_URL, KeyOption, Login, UrlOption, connect, save_login
 from realm.cli.terminal import err, out, printable, size, status, table, usage_line, when, write
-from realm_sdk import SyncClient
+from realm_sdk import RunInfo, SyncClient
+
+_WIDE = 120
+"""Columns that a terminal needs for all that `realm ps` can show."""
 
 modules_app = typer.Typer(help="Your modules on the server.", no_args_is_help=True)
 
@@ -38,21 +42,26 @@ def ps(
     """List your runs."""
     with connect(url, key) as client:
         runs = client.ps(all=all, limit=limit).runs
-    listed = table(
-        "RUN", "MODULE", "STATUS", "STARTED", "SECONDS", "TOKENS", "FUEL", right=("SECONDS", "TOKENS", "FUEL")
-    )
+    console = out()
+    if runs:
+        console.print(_runs(runs, narrow=console.width < _WIDE))
+    else:
+        console.print("no runs" if all else "no runs in progress (--all shows finished ones)")
+
+
+def _runs(runs: list[RunInfo], *, narrow: bool) -> Table:
+    """A narrow table leaves out when the runs began and rounds their fuel to millions."""
+    numbers = ("SECONDS", "TOKENS", "FUEL")
+    listed = table("RUN", "TENANT", "MODULE", "STATUS", *(() if narrow else ("STARTED",)), *numbers, right=numbers)
     for run in runs:
-        state = f"{run.status} ({run.error.get('code', '?')})" if run.error else run.status
         listed.add_row(
-            run.run,
-            run.module,
-            state,
-            when(run.started),
-            f"{run.seconds:.1f}",
-            str(run.usage.new_tokens),
-            f"{run.usage.fuel:,}",
+            *(run.run, run.tenant, run.module),
+            f"{run.status} ({run.error.get('code', '?')})" if run.error else run.status,
+            *(() if narrow else (when(run.started),)),
+            *(f"{run.seconds:.1f}", str(run.usage.new_tokens)),
+            f"{run.usage.fuel / 1e6:,.1f} M" if narrow else f"{run.usage.fuel:,}",
         )
-    out().print(listed if runs else "no runs" if all else "no runs in progress (--all shows finished ones)")
+    return listed
 
 
 def logs(
@@ -60,8 +69,11 @@ def logs(
 ) -> None:
     """Print what a run has logged."""
     with connect(url, key) as client:
-        for line in client.logs(run):
-            write(f"{line.level:7} {printable(line.text)}\n")
+        lines = client.logs(run)
+    for line in lines:
+        write(f"{line.level:7} {printable(line.text)}\n")
+    if not lines:
+        err().print(f"{printable(run)} has logged nothing")
 
 
 def cancel(

@@ -178,8 +178,12 @@ async def _server(model: str) -> AsyncIterator[ServerReady]:
             )
         try:
             yield await _ready(process, log)
-        finally:
+        except BaseException:
+            # How the server ends adds nothing to what went wrong first.
             await _stop(process)
+            raise
+        if status := await _stop(process):
+            raise RealmError("serve_failed", f"realm serve ended with status {status}. It said:\n{_tail(log)}")
 
 
 async def _ready(process: asyncio.subprocess.Process, log: Path) -> ServerReady:
@@ -199,11 +203,12 @@ def _tail(log: Path) -> str:
     return log.read_text(errors="replace")[-2000:].strip() or "(nothing)"
 
 
-async def _stop(process: asyncio.subprocess.Process) -> None:
+async def _stop(process: asyncio.subprocess.Process) -> int:
+    """End it with SIGTERM, as an operator would; its exit status."""
     if process.returncode is None:
         process.terminate()
     try:
-        await asyncio.wait_for(process.wait(), _STOP_SECONDS)
+        return await asyncio.wait_for(process.wait(), _STOP_SECONDS)
     except TimeoutError:
         process.kill()
         await process.wait()
@@ -275,10 +280,10 @@ def check(cast: list[Part], together: Phase, in_turn: Phase, grammar: str) -> li
 
 def _report(console: Console, cast: list[Part], together: Phase, in_turn: Phase) -> None:
     engine = table("", "TOGETHER", "ONE AFTER ANOTHER", right=("TOGETHER", "ONE AFTER ANOTHER"))
-    largest = str(together.max_sequences)
     engine.add_row("engine steps", str(together.steps), str(in_turn.steps))
     engine.add_row("sequences in a step, mean", f"{together.mean_sequences:.2f}", f"{in_turn.mean_sequences:.2f}")
-    engine.add_row("sequences in a step, most", largest, "")
+    most = (str(together.max_sequences), str(in_turn.max_sequences))
+    engine.add_row("sequences in a step, most (since the start)", *most)
     engine.add_row("steps with calls of several tenants", str(together.shared_steps), str(in_turn.shared_steps))
     engine.add_row("new tokens", str(together.new_tokens), str(in_turn.new_tokens))
     engine.add_row("seconds", f"{together.seconds:.2f}", f"{in_turn.seconds:.2f}")

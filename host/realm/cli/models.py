@@ -9,7 +9,6 @@ import typer
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from realm.cli.terminal import err, out, table
-from realm.errors import RealmError
 from realm.settings import default_home
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -52,23 +51,6 @@ def import_with_progress(source: str, home: Path, name: str | None, dtype: str, 
     with progress.bars:
         entry = import_model(source, home=home, name=name, dtype=dtype, force=force, progress=progress)
     return entry.name
-
-
-def choose_model(home: Path, name: str) -> Path:
-    """The folder of the model called ``name``, or of the only one if that is empty.
-
-    Raises:
-        RealmError: ``model_not_found``.
-    """
-    from realm.models.store import find_model, list_models
-
-    if name:
-        return find_model(home, name)
-    names = [entry.name for entry in list_models(home)]
-    if len(names) != 1:
-        problem = f"say which with --model: {', '.join(names)}" if names else "no model is imported yet"
-        raise RealmError("model_not_found", problem, details={"models": names})
-    return find_model(home, names[0])
 
 
 @app.command("import")

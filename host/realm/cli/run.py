@@ -11,9 +11,9 @@ import msgspec
 import typer
 
 from realm.cli.connection import KeyOption, UrlOption, connect
-from realm.cli.models import choose_model
 from realm.cli.terminal import err, printable, status, usage_line, write
 from realm.errors import RealmError
+from realm.models.store import choose_model
 from realm.settings import default_home
 from realm_sdk import Finished, Log, Output, Usage
 
@@ -37,7 +37,7 @@ def run(
     path = Path(module)
     if path.suffix == ".wasm" or path.is_file():
         if not path.is_file():
-            raise RealmError("module_not_found", f"there is no file {path}")
+            raise RealmError("file_not_found", f"there is no file {path}")
         _run_here(path, data, stream, seed, model)
     else:
         _run_there(module, data, stream, seed, url, key)

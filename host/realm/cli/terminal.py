@@ -26,6 +26,7 @@ HINTS = {
     "forbidden": "this needs the admin key that the first `realm serve` printed",
     "model_not_found": "`realm models import` fetches a small model; `realm models list` shows all",
     "module_not_found": "`realm modules list` shows yours; `realm push FILE --name NAME` adds one",
+    "file_not_found": "give the path of a .wasm file; a module of the server is run by its name, without .wasm",
     "run_not_found": "`realm ps --all` shows runs",
     "tenant_not_found": "`realm tenants list` shows all",
     "key_not_found": "`realm keys list` shows the ids",
@@ -40,9 +41,14 @@ _HARMLESS = "\n\t\u200c\u200d"
 """Of the control and format characters: line breaks, tabs, and the joiners that scripts and emoji need."""
 
 
+_NO_EDGE = 100_000
+"""Columns of a console in which nothing is cut or wrapped."""
+
+
 def out() -> Console:
-    """Standard output. Made when needed, so that it follows redirection."""
-    return Console(highlight=False, markup=False, soft_wrap=True)
+    """Standard output. Made when needed, so that it follows redirection: what is no terminal has no edge."""
+    width = None if sys.stdout.isatty() else _NO_EDGE
+    return Console(highlight=False, markup=False, soft_wrap=True, width=width)
 
 
 def err() -> Console:
@@ -61,14 +67,22 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
-def show_error(code: str, message: str, details: dict[str, Any]) -> None:
+def show_error(error: HostError | SdkError) -> None:
     """One line ``code: message``, then details worth reading, then a hint."""
+    code, message, details = error.code, error.message, error.details
     console = err()
     console.print(Text(f"{code}: ", style="bold red"), Text(printable(message)), sep="")
     if backtrace := details.get("backtrace"):
         lines = backtrace if isinstance(backtrace, list) else str(backtrace).splitlines()
         for line in lines[:20]:
             console.print(Text(f"    {printable(str(line))}", style="dim"))
+    if allowed := details.get("allowed"):
+        names = allowed if isinstance(allowed, list) else [allowed]
+        console.print(Text(printable(f"allowed: {', '.join(str(name) for name in names)}")))
+    if correlation := details.get("correlation"):
+        console.print(Text(printable(f"correlation: {correlation} (the host's log has the cause under it)")))
+    if error.retry_after is not None:
+        console.print(Text(f"retry after {error.retry_after:g} s"))
     if hint := HINTS.get(code):
         console.print(Text(f"hint: {hint}", style="cyan"))
 
@@ -80,7 +94,7 @@ class ErrorGroup(TyperGroup):
         try:
             return super().invoke(ctx)
         except (HostError, SdkError) as error:
-            show_error(error.code, error.message, error.details)
+            show_error(error)
             raise typer.Exit(1) from None
         except BrokenPipeError:
             # Whoever read our output has gone (`realm ps | head -1`): not a failure, and nobody to tell.
@@ -96,10 +110,14 @@ def status(text: str) -> Iterator[None]:
 
 
 def table(*columns: str, right: tuple[str, ...] = ()) -> Table:
-    """A plain table; columns named in ``right`` are numbers."""
+    """A plain table; columns named in ``right`` are numbers.
+
+    Where it is wider than the terminal, text goes on in the next line; numbers stay whole.
+    """
     made = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        made.add_column(column, justify="right" if column in right else "left", no_wrap=True)
+        number = column in right
+        made.add_column(column, justify="right" if number else "left", no_wrap=number, overflow="fold")
     return made
 
 

@@ -24,6 +24,14 @@ MAX_SEED = 2**64 - 1
 _MODULE_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z"
 _TENANT_NAME = r"^[a-z0-9][a-z0-9_.-]{0,62}\Z"
 _RUN_ID = r"^r[1-9][0-9]{0,17}\Z"
+_SHA256 = r"^[0-9a-f]{64}\Z"
+_IN_WORDS = {
+    _MODULE_NAME: "must be 1 to 64 of A-Z, a-z, 0-9, '_', '.' and '-', and begin with a letter or a digit",
+    _TENANT_NAME: "must be 1 to 63 of a-z, 0-9, '_', '.' and '-', and begin with a letter or a digit",
+    _RUN_ID: "must be a run's id, text such as r17",
+    _SHA256: "must be 64 of 0-9 and a-f",
+}
+"""What each pattern asks for: a client's user is not shown a regular expression."""
 
 ModuleName = Annotated[str, Meta(pattern=_MODULE_NAME)]
 TenantName = Annotated[str, Meta(pattern=_TENANT_NAME)]
@@ -103,7 +111,7 @@ class LogsParams(Params):
 class BeginParams(Params):
     name: Annotated[ModuleName, Meta(description="letters, digits, and - _ . inside, at most 64")]
     size: Annotated[int, Meta(ge=0, le=1 << 53, description="bytes")]
-    sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z", description="of the whole content, lower-case hex")]
+    sha256: Annotated[str, Meta(pattern=_SHA256, description="of the whole content, lower-case hex")]
 
 
 class UploadParams(Params):
@@ -169,6 +177,10 @@ class Function:
         path = re.search(r"`\$\.(\w+)", text)
         missing = re.search(r"missing required field `(\w+)`", text)
         name = path.group(1) if path else missing.group(1) if missing else "params"
+        for pattern, words in _IN_WORDS.items():
+            # The text holds the pattern as a Python literal.
+            if repr(pattern) in text:
+                text = words
         return invalid_params(name, text, function=self.name)
 
     def describe(self) -> dict[str, Any]:

@@ -89,14 +89,7 @@ def list_models(home: Path) -> list[ModelEntry]:
     Raises:
         RealmError: ``model_invalid`` if a model's record cannot be read.
     """
-    folder = models_dir(home)
-    if not folder.is_dir():
-        return []
-    return [
-        read_entry(entry)
-        for entry in sorted(folder.iterdir())
-        if _NAME.fullmatch(entry.name) and (entry / MODEL_FILE).is_file()
-    ]
+    return [read_entry(models_dir(home) / name) for name in _names(home)]
 
 
 def find_model(home: Path, name: str) -> Path:
@@ -105,13 +98,34 @@ def find_model(home: Path, name: str) -> Path:
     Raises:
         RealmError: ``model_not_found``; the message and ``details.models`` list what exists.
     """
-    folder = models_dir(home)
-    if _NAME.fullmatch(name) and (folder / name / MODEL_FILE).is_file():
-        return folder / name
-    names = (
-        sorted(e.name for e in folder.iterdir() if _NAME.fullmatch(e.name) and (e / MODEL_FILE).is_file())
-        if folder.is_dir()
-        else []
-    )
+    names = _names(home)
+    if name in names:
+        return models_dir(home) / name
     there = f"there are: {', '.join(names)}" if names else "none is imported yet: run `realm models import`"
     raise RealmError("model_not_found", f"no model is called {name[:120]!r}; {there}", details={"models": names})
+
+
+def choose_model(home: Path, name: str) -> Path:
+    """The folder of the model called ``name``, or of the only one there is if that is empty.
+
+    Raises:
+        RealmError: ``model_not_found``; ``details.available`` lists what exists.
+    """
+    names = _names(home)
+    chosen = names[0] if not name and len(names) == 1 else name
+    if chosen in names:
+        return models_dir(home) / chosen
+    if not names:
+        problem = "no model is imported yet: run `realm models import`"
+    elif name:
+        problem = f"no model is called {name[:120]!r}: choose with --model from {', '.join(names)}"
+    else:
+        problem = f"there are several models: choose with --model from {', '.join(names)}"
+    raise RealmError("model_not_found", problem, details={"available": names})
+
+
+def _names(home: Path) -> list[str]:
+    folder = models_dir(home)
+    if not folder.is_dir():
+        return []
+    return sorted(e.name for e in folder.iterdir() if _NAME.fullmatch(e.name) and (e / MODEL_FILE).is_file())
