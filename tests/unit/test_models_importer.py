@@ -17,7 +17,7 @@ import pytest
 from realm.errors import RealmError
 from realm.models import importer
 from realm.models.importer import PinnedModel, import_model
-from realm.models.store import find_model, list_models, models_dir
+from realm.models.store import choose_model, list_models, models_dir
 from realm.models.tokenizer import Tokenizer
 from tests.model_files import random_weights, write_folder, write_gguf
 
@@ -37,7 +37,7 @@ def test_a_gguf_and_a_folder_become_models(tmp_path: Path) -> None:
     folder = import_model(str(write_folder(tmp_path / "folder")), home=home, name="other", dtype="float32")
     assert (folder.dtype, folder.parameters) == ("float32", entry.parameters)
     assert list_models(home) == [entry, folder]
-    assert find_model(home, "other") == folder.path
+    assert choose_model(home, "other") == folder.path
     assert Tokenizer(entry.path).encode("the", special=False) == Tokenizer(folder.path).encode("the", special=False)
     assert names(home) == [".lock", "my-model", "other"]
 

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from realm.errors import RealmError
-from realm.models.store import ModelRecord, check_name, find_model, list_models, models_dir
+from realm.models.store import ModelRecord, check_name, choose_model, list_models, models_dir
 
 
 def add(home: Path, name: str) -> Path:
@@ -30,9 +30,9 @@ def add(home: Path, name: str) -> Path:
 
 def test_an_empty_home_has_no_models(tmp_path: Path) -> None:
     assert list_models(tmp_path) == []
-    with pytest.raises(RealmError, match="none is imported yet") as caught:
-        find_model(tmp_path, "a")
-    assert (caught.value.code, caught.value.details) == ("model_not_found", {"models": []})
+    with pytest.raises(RealmError, match="no model is imported yet") as caught:
+        choose_model(tmp_path, "a")
+    assert (caught.value.code, caught.value.details) == ("model_not_found", {"available": []})
 
 
 def test_models_are_found_by_name_and_unfinished_ones_are_not(tmp_path: Path) -> None:
@@ -41,9 +41,9 @@ def test_models_are_found_by_name_and_unfinished_ones_are_not(tmp_path: Path) ->
     add(tmp_path, ".import-x")
     (models_dir(tmp_path) / "half").mkdir()
     assert [entry.name for entry in list_models(tmp_path)] == ["b", "renamed"]
-    assert list_models(tmp_path)[0].path == folder == find_model(tmp_path, "b")
-    with pytest.raises(RealmError, match="there are: b, renamed"):
-        find_model(tmp_path, "half")
+    assert list_models(tmp_path)[0].path == folder == choose_model(tmp_path, "b")
+    with pytest.raises(RealmError, match="choose with --model from b, renamed"):
+        choose_model(tmp_path, "half")
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../b", "a/b", "A", "-x", ".import-x", "x" * 101, "a\0", "a\n"])
@@ -52,9 +52,10 @@ def test_names_that_are_no_names_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(RealmError) as caught:
         check_name(name)
     assert caught.value.details == {"param": "name"}
-    with pytest.raises(RealmError) as caught:
-        find_model(tmp_path, name)
-    assert caught.value.code == "model_not_found"
+    if name:  # an empty one means the only model there is
+        with pytest.raises(RealmError) as caught:
+            choose_model(tmp_path, name)
+        assert caught.value.code == "model_not_found"
 
 
 def test_a_broken_record_is_named(tmp_path: Path) -> None:

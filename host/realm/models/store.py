@@ -92,19 +92,6 @@ def list_models(home: Path) -> list[ModelEntry]:
     return [read_entry(models_dir(home) / name) for name in _names(home)]
 
 
-def find_model(home: Path, name: str) -> Path:
-    """The folder of the model called ``name``.
-
-    Raises:
-        RealmError: ``model_not_found``; the message and ``details.models`` list what exists.
-    """
-    names = _names(home)
-    if name in names:
-        return models_dir(home) / name
-    there = f"there are: {', '.join(names)}" if names else "none is imported yet: run `realm models import`"
-    raise RealmError("model_not_found", f"no model is called {name[:120]!r}; {there}", details={"models": names})
-
-
 def choose_model(home: Path, name: str) -> Path:
     """The folder of the model called ``name``, or of the only one there is if that is empty.
 
