@@ -10,9 +10,9 @@ import os
 
 THREADS = {
     # torch's threads meet some 300 times a step. By default each spins for milliseconds while it
-    # waits; as soon as any other process wants a core, a waiting thread spins away the time that the
-    # one it waits for needs. Beside one busy process on two cores that made 1 token a second; with
-    # this it is 17 (177 rather than 27 with 32 sequences), and nothing is lost on an idle machine.
+    # waits; when another process wants a core, a waiting thread spins away the time that the one it
+    # waits for needs. Measured on two cores, 32 sequences: two engines side by side 112 rather than 77
+    # tokens/s each, beside one busy process 116 rather than 98, alone no difference beyond the noise.
     "GOMP_SPINCOUNT": "3000",
 }
 """Environment variables; a value that is set already wins."""
