@@ -183,12 +183,22 @@ class CallDone(_Message, tag="done"):
     value: int
 
 
+class LimitMet(msgspec.Struct, array_like=True, gc=False):
+    """Which of a tenant's limits refused something (:class:`realm.limits.TenantLimits`)."""
+
+    name: str
+    limit: int
+    used: int
+    retry_after: float | None = None
+
+
 class CallFailed(_Message, tag="failed"):
-    """The call could not be done; ``code`` is an ABI error code (negative)."""
+    """The call could not be done; ``code`` is an ABI error code (negative). ``limit`` says which was met."""
 
     call: int
     code: int
     message: str
+    limit: LimitMet | None = None
 
 
 EngineResult = Union[ForwardDone, CallDone, CallFailed]
@@ -218,6 +228,18 @@ class WorkerLost(_Message, tag="lost"):
     """A worker process died: free everything it owned."""
 
     worker: int
+
+
+class TenantQuota(_Message, tag="quota"):
+    """What a tenant may take from the engine from now on; ``tenant`` "" is everybody not named.
+
+    See :class:`realm.limits.TenantLimits` for the fields.
+    """
+
+    tenant: str
+    kv_pages: int
+    tokens_per_minute: int
+    saved_sequences: int
 
 
 class TenantStats(msgspec.Struct, array_like=True, gc=False):
@@ -285,6 +307,7 @@ class RunLimits(msgspec.Struct, array_like=True, frozen=True, gc=False):
     output_bytes: int = 16 << 20
     log_bytes: int = 256 << 10
     sequences: int = 256
+    first_call_seconds: float = 30.0
 
 
 class StartRun(_Message, tag="start"):
@@ -296,6 +319,7 @@ class StartRun(_Message, tag="start"):
         input: what ``input_read`` gives.
         seed: seeds ``random`` and every draw of the run (u64).
         credit: bytes the guest may emit before the gateway grants more (:class:`Credit`).
+        artifact_sha256: hash of the compiled module in hex; another content is refused.
     """
 
     run: int
@@ -306,6 +330,14 @@ class StartRun(_Message, tag="start"):
     seed: int
     limits: RunLimits
     credit: int = 65_536
+    artifact_sha256: str = ""
+
+
+class TenantShare(_Message, tag="share"):
+    """Fuel per second that this worker may give to all runs of a tenant together."""
+
+    tenant: str
+    fuel_per_second: float
 
 
 class CancelRun(_Message, tag="cancel"):
@@ -340,7 +372,7 @@ class Shutdown(_Message, tag="shutdown"):
     """End all runs and exit."""
 
 
-GatewayToWorker = Union[StartRun, CancelRun, ClientMessage, Credit, StoreReply, Shutdown]
+GatewayToWorker = Union[StartRun, TenantShare, CancelRun, ClientMessage, Credit, StoreReply, Shutdown]
 
 # --- worker -> gateway --------------------------------------------------------------------------
 
@@ -353,6 +385,7 @@ class Usage(msgspec.Struct, array_like=True, gc=False):
         new_tokens: tokens sampled by the engine or by ``sample``.
         cached_tokens: of the prompt, how many the prefix cache held.
         first_call_seconds: from ``StartRun`` to the guest's first host call.
+        throttled_seconds: how long the guest was held back because of ``fuel_per_second``.
     """
 
     fuel: int = 0
@@ -364,6 +397,7 @@ class Usage(msgspec.Struct, array_like=True, gc=False):
     output_bytes: int = 0
     wall_seconds: float = 0.0
     first_call_seconds: float = 0.0
+    throttled_seconds: float = 0.0
 
 
 class ErrorInfo(msgspec.Struct, array_like=True, gc=False):
@@ -426,7 +460,7 @@ class WorkerEvents(_Message, tag="events"):
 
 # --- what each process decodes ------------------------------------------------------------------
 
-ToEngine = Union[WorkerHello, WorkerTurn, GatewayHello, StatsRequest, WorkerLost]
+ToEngine = Union[WorkerHello, WorkerTurn, GatewayHello, StatsRequest, WorkerLost, TenantQuota]
 EngineToWorker = EngineReply
 EngineToGateway = Union[EngineReady, EngineStats]
 WorkerToGateway = Union[WorkerHello, WorkerEvents]
