@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 import zlib
 from array import array
@@ -14,8 +15,11 @@ import numpy as np
 import wasmtime
 
 from realm.guests.abi import ErrorCode
+from realm.guests.bulk_memory import rewrite
 from realm.guests.facts import ModelFacts
 from realm.guests.fibers import Engine
+from realm.guests.helper import Helper
+from realm.guests.module_format import parse_module
 from realm.guests.runtime import GuestRuntime, Turn
 from realm.guests.sampling_reference import draw_token
 from realm.messages import (
@@ -158,28 +162,50 @@ class FakeEngine:
 _engine: Engine | None = None
 _folder: tempfile.TemporaryDirectory[str] | None = None
 _artifacts: dict[str, str] = {}
+_digests: dict[str, str] = {}
+
+
+def artifacts_folder() -> Path:
+    """Where :func:`compiled` puts its files."""
+    global _folder
+    if _folder is None:
+        _folder = tempfile.TemporaryDirectory(prefix="realm-tests-")
+    return Path(_folder.name)
 
 
 def compiled(wat: str) -> str:
     """Path of the compiled artifact of a module in text form; each is compiled once a process."""
-    global _engine, _folder
+    global _engine
     if wat not in _artifacts:
-        if _engine is None or _folder is None:
-            _engine, _folder = Engine(), tempfile.TemporaryDirectory(prefix="realm-tests-")
-        module = wasmtime.Module(_engine.inner, wasmtime.wat2wasm(wat))
-        path = Path(_folder.name) / f"{len(_artifacts)}.cwasm"
-        path.write_bytes(module.serialize())
+        _engine = _engine or Engine()
+        wasm = bytes(wasmtime.wat2wasm(wat))
+        artifact = bytes(wasmtime.Module(_engine.inner, rewrite(wasm, parse_module(wasm))).serialize())
+        path = artifacts_folder() / f"{len(_artifacts)}.cwasm"
+        path.write_bytes(artifact)
         _artifacts[wat] = str(path)
+        _digests[str(path)] = hashlib.sha256(artifact).hexdigest()
     return _artifacts[wat]
+
+
+def digest(path: str) -> str:
+    """Hash of an artifact that :func:`compiled` wrote, as it was then."""
+    return _digests[path]
 
 
 class Host:
     """A runtime with a fake engine, a store and a clock that stands still unless told."""
 
-    def __init__(self, facts: ModelFacts = FACTS, tokenizer: Any = None) -> None:
+    def __init__(self, facts: ModelFacts = FACTS, tokenizer: Any = None, helper: Helper | None = None) -> None:
         self.now = 1000.0
+        self.cpu = 0.0
         self.runtime = GuestRuntime(
-            5, tokenizer or FakeTokenizer(), facts, clock=lambda: self.now, wall_clock=lambda: 1_700_000_000.0
+            5,
+            tokenizer or FakeTokenizer(),
+            facts,
+            clock=lambda: self.now,
+            wall_clock=lambda: 1_700_000_000.0,
+            cpu_clock=lambda: self.cpu,
+            helper=helper,
         )
         self.engine = FakeEngine()
         self.store: dict[str, bytes] = {}
@@ -189,9 +215,13 @@ class Host:
         self.runs = 0
         self.last = Turn()
 
-    def start(self, wat: str, *, input: bytes = b"", seed: int = 7, credit: int = 1 << 20, **limits: Any) -> int:
+    def start(
+        self, wat: str, *, input: bytes = b"", seed: int = 7, credit: int = 1 << 20, tenant: str = "a", **limits: Any
+    ) -> int:
         self.runs += 1
-        self.runtime.start(StartRun(self.runs, "a", "m", compiled(wat), input, seed, RunLimits(**limits), credit))
+        path = compiled(wat)
+        message = StartRun(self.runs, tenant, "m", path, input, seed, RunLimits(**limits), credit, digest(path))
+        self.runtime.start(message)
         return self.runs
 
     def turn(self, *, engine: bool = True) -> Turn:
@@ -250,5 +280,7 @@ class Host:
         """Nothing is left of any run, here or in the engine."""
         assert self.runtime.live == 0
         assert self.runtime.pending_calls == 0
+        self.runtime.check()
+        assert not self.runtime.schedule.runnable
         assert not self.engine.sequences
         assert sorted(self.engine.ended) == list(range(1, self.runs + 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import tempfile
@@ -14,8 +15,10 @@ from typing import Any
 import numpy as np
 import wasmtime
 
+from realm.guests.bulk_memory import rewrite
 from realm.guests.facts import ModelFacts
 from realm.guests.fibers import Engine
+from realm.guests.module_format import parse_module
 from realm.guests.runtime import GuestRuntime
 from realm.guests.sampling_reference import draw_token
 from realm.messages import (
@@ -189,17 +192,19 @@ class Ran:
         return "".join(self.pieces)
 
 
-_artifacts: dict[Path, str] = {}
+_artifacts: dict[Path, tuple[str, str]] = {}
 _folder: tempfile.TemporaryDirectory[str] | None = None
 
 
-def _artifact(wasm: Path) -> str:
+def _artifact(wasm: Path) -> tuple[str, str]:
     global _folder
     if wasm not in _artifacts:
         _folder = _folder or tempfile.TemporaryDirectory(prefix="realm-tests-")
         path = Path(_folder.name) / f"{len(_artifacts)}.cwasm"
-        path.write_bytes(wasmtime.Module.from_file(Engine().inner, str(wasm)).serialize())
-        _artifacts[wasm] = str(path)
+        data = wasm.read_bytes()
+        artifact = bytes(wasmtime.Module(Engine().inner, rewrite(data, parse_module(data))).serialize())
+        path.write_bytes(artifact)
+        _artifacts[wasm] = str(path), hashlib.sha256(artifact).hexdigest()
     return _artifacts[wasm]
 
 
@@ -220,7 +225,8 @@ def run_guest(
     runtime = GuestRuntime(1, WordTokenizer(template), facts, clock=lambda: now, wall_clock=lambda: 1.0)
     engine = ScriptedEngine(policy, context)
     data = input if isinstance(input, bytes) else json.dumps(input).encode()
-    runtime.start(StartRun(1, "tenant", "guest", _artifact(wasm), data, seed, limits or RunLimits(), 1 << 24))
+    path, sha256 = _artifact(wasm)
+    runtime.start(StartRun(1, "tenant", "guest", path, data, seed, limits or RunLimits(), 1 << 24, sha256))
     waiting, pieces, logs, replies = list(messages), [], [], 0
     for _ in range(100_000):
         turn = runtime.turn(now)

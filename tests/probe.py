@@ -23,39 +23,45 @@ ANSWER_AT = 5120
 TOKENS_AT = 6144
 _RESULT_AT = 256
 
-_SETUP = """
+
+def _setup(a: str) -> str:
+    return f"""
     (drop (call $seq_new))
-    (i32.store (i32.const 8192) (i32.const 5))
-    (i32.store (i32.const 8196) (i32.const 6))
-    (drop (call $forward (i32.const 1) (i32.const 8192) (i32.const 2) (i32.const 0) (i32.const 0)))
-    (i64.store (i32.const 8192) (i64.const 0))"""
+    (i32.store ({a}.const 8192) (i32.const 5))
+    (i32.store ({a}.const 8196) (i32.const 6))
+    (drop (call $forward (i32.const 1) ({a}.const 8192) ({a}.const 2) ({a}.const 0) ({a}.const 0)))
+    (i64.store ({a}.const 8192) (i64.const 0))"""
 
 
-def module(name: str) -> str:
-    """A guest that makes a sequence (handle 1, tokens 5 and 6, logits kept), then calls ``name``."""
+def module(name: str, wide: bool = False) -> str:
+    """A guest that makes a sequence (handle 1, tokens 5 and 6, logits kept), then calls ``name``.
+
+    ``wide`` gives it a 64-bit memory.
+    """
     function = abi.BY_NAME[name]
-    types = abi.wasm_parameters(function)
-    own = "" if name in ("seq_new", "forward", "input_read", "emit") else _import(name)
+    types = abi.wasm_parameters(function, wide)
+    own = "" if name in ("seq_new", "forward", "input_read", "emit") else _import(name, wide)
+    a = "i64" if wide else "i32"
     pushes = "".join(
-        f"(i64.load (i32.const {at * 8}))" if kind == "i64" else f"(i32.wrap_i64 (i64.load (i32.const {at * 8})))"
+        f"(i64.load ({a}.const {at * 8}))" if kind == "i64" else f"(i32.wrap_i64 (i64.load ({a}.const {at * 8})))"
         for at, kind in enumerate(types)
     )
     widen = "" if function.result == "i64" else "(i64.extend_i32_s "
     return f"""(module
-      {_import("seq_new")} {_import("forward")} {_import("input_read")} {_import("emit")} {own}
-      (memory (export "memory") 1)
+      {_import("seq_new", wide)} {_import("forward", wide)} {_import("input_read", wide)} {_import("emit", wide)} {own}
+      (memory (export "memory") {"i64" if wide else ""} 1)
       (func (export "realm_abi_version") (result i32) (i32.const 1))
       (func (export "run") (result i32)
-        {_SETUP}
-        (drop (call $input_read (i32.const 0) (i32.const 0) (i32.const {SHOWN})))
-        (i64.store (i32.const {_RESULT_AT}) {widen}(call ${name} {pushes}){")" if widen else ""})
-        (drop (call $emit (i32.const 0) (i32.const {SHOWN})))
+        {_setup(a)}
+        (drop (call $input_read (i32.const 0) ({a}.const 0) ({a}.const {SHOWN})))
+        (i64.store ({a}.const {_RESULT_AT}) {widen}(call ${name} {pushes}){")" if widen else ""})
+        (drop (call $emit ({a}.const 0) ({a}.const {SHOWN})))
         (i32.const 0)))"""
 
 
-def _import(name: str) -> str:
+def _import(name: str, wide: bool) -> str:
     function = abi.BY_NAME[name]
-    types = " ".join(abi.wasm_parameters(function))
+    types = " ".join(abi.wasm_parameters(function, wide))
     parameters = f"(param {types})" if types else ""
     return f'(import "realm" "{name}" (func ${name} {parameters} (result {function.result})))'
 
@@ -87,7 +93,13 @@ class Answer:
         return before == after
 
 
-def call(name: str, *arguments: int, blob: dict[int, bytes] | None = None, host: Host | None = None) -> Answer:
+def call(
+    name: str,
+    *arguments: int,
+    blob: dict[int, bytes] | None = None,
+    host: Host | None = None,
+    wide: bool = False,
+) -> Answer:
     """Run the guest once. ``blob`` puts bytes at addresses (below 8,192) before the call."""
     host = host or Host()
     image = bytearray(SHOWN)
@@ -95,7 +107,7 @@ def call(name: str, *arguments: int, blob: dict[int, bytes] | None = None, host:
         struct.pack_into("<Q", image, at * 8, argument & (1 << 64) - 1)
     for at, data in (blob or {}).items():
         image[at : at + len(data)] = data
-    run = host.start(module(name), input=bytes(image))
+    run = host.start(module(name, wide), input=bytes(image))
     for _ in range(1000):
         end = host.finished(run)
         if end is not None:

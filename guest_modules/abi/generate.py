@@ -283,6 +283,14 @@ def zig_module() -> str:
 # --- reference page -------------------------------------------------------------------------------
 
 
+def _wide_type(function: abi.Function) -> str:
+    """The type for 64-bit memories, where it is another."""
+    types = abi.wasm_parameters(function, wide=True)
+    if types == abi.wasm_parameters(function):
+        return ""
+    return f", with a 64-bit memory `({', '.join(types)}) -> {function.result}`"
+
+
 def _escape(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")
 
@@ -297,9 +305,12 @@ def reference_page() -> str:
         f"`{abi.IMPORT_MODULE}` and exports `memory`, `realm_abi_version() -> i32` "
         f"(returns {abi.ABI_VERSION}) and `run() -> i32`. The guide is [README.md](../README.md).",
         "",
-        "- All integers are little-endian. Pointers and lengths are unsigned 32-bit parameters; inside "
-        "structs a pointer is always 64 bits wide.",
-        "- A negative result is an error code. A pointer is checked before anything is done.",
+        "- All integers are little-endian. Pointers and lengths are unsigned parameters, `i32` for a guest "
+        "with a 32-bit memory and `i64` for one with a 64-bit memory (memory64; the signatures below are "
+        "those for 32 bits, `realm.h` and `realm.zig` too). Inside structs a pointer is always 64 bits wide. "
+        "A guest with a 64-bit memory cannot import WASI.",
+        "- A negative result is an error code. A pointer is checked before anything is done. It needs no "
+        "alignment. Buffers of one call may overlap: what is read is read before anything is written.",
         "- A function that fills a buffer returns the length that is needed; when that is more than the "
         "room, nothing is written.",
         "- *Suspends*: the guest may wait inside the call; other guests run meanwhile.",
@@ -324,7 +335,7 @@ def reference_page() -> str:
             "",
             _escape(f.doc) + (" *Suspends.*" if f.suspends else ""),
             "",
-            f"WASM type: `({types}) -> {f.result}`. Returns {_escape(f.returns)}, or an error code.",
+            f"WASM type: `({types}) -> {f.result}`{_wide_type(f)}. Returns {_escape(f.returns)}, or an error code.",
         ]
         counts = _count_names(f)
         if f.parameters:

@@ -209,7 +209,9 @@ REALM_STATIC_ASSERT(offsetof(struct realm_speculation, accepted) == 36, "offset 
  * REALM_LIMIT, REALM_OUT_OF_MEMORY, REALM_INTERNAL. */
 REALM_IMPORT(forward) int32_t realm_forward(int32_t seq, const uint32_t *tokens, uint32_t n, const struct realm_sampling *sampling, struct realm_token *out);
 
-/* forward for several sequences in one suspension. Each item has its own answer or error. Suspends.
+/* forward for several sequences in one suspension. Each item has its own answer or error. All their
+ * tokens, masks and biases together may have 4 MiB; an item beyond that is an INVALID_ARGUMENT.
+ * Suspends.
  *   items, count: one entry a sequence, answers are written back; 1..1024 entries
  * Returns how many items succeeded, or an error code.
  * Errors: REALM_INVALID_ARGUMENT, REALM_BAD_POINTER. */
@@ -258,7 +260,7 @@ REALM_IMPORT(sample) int32_t realm_sample(int32_t seq, const struct realm_sampli
 
 /* Log-probabilities that the kept logits give to tokens.
  *   seq: sequence handle
- *   tokens, n: token ids; 1..1048576 entries
+ *   tokens, n: token ids; 1..262144 entries
  *   out, cap: receives one value a token; room in entries
  * Returns how many values were written, or an error code.
  * Errors: REALM_INVALID_ARGUMENT, REALM_BAD_POINTER, REALM_BAD_HANDLE, REALM_NO_LOGITS. */
@@ -314,7 +316,7 @@ REALM_IMPORT(seq_open) int32_t realm_seq_open(const void *name, uint32_t len);
 /* --- text --- */
 
 /* Text to token ids. No token is added at the front.
- *   text, len: text; 0..16777216 bytes of valid UTF-8
+ *   text, len: text; 0..262144 bytes of valid UTF-8
  *   flags: bits of TOKENIZE_* (0..1)
  *   out, cap: receives token ids; room in entries
  * Returns how many tokens there are, or an error code.
@@ -322,18 +324,19 @@ REALM_IMPORT(seq_open) int32_t realm_seq_open(const void *name, uint32_t len);
 REALM_IMPORT(tokenize) int32_t realm_tokenize(const void *text, uint32_t len, uint32_t flags, uint32_t *out, uint32_t cap);
 
 /* Token ids to text. With a stream number the pieces of one text are given as soon as their
- * characters are whole; n = 0 ends the stream and gives what is left.
+ * characters are whole; n = 0 ends the stream and gives what is left. Text that did not fit is
+ * given by the same call again; a stream (or all together) with too much of it takes no more
+ * tokens.
  *   stream: 0, or a number the guest chose for this stream (0..1023)
- *   tokens, n: token ids; 0..1048576 entries
+ *   tokens, n: token ids; 0..65536 entries
  *   flags: bits of DETOKENIZE_* (0..1)
  *   out, cap: receives UTF-8; room in bytes
  * Returns bytes of text, or an error code.
- * Errors: REALM_INVALID_ARGUMENT, REALM_BAD_POINTER. */
+ * Errors: REALM_INVALID_ARGUMENT, REALM_BAD_POINTER, REALM_LIMIT. */
 REALM_IMPORT(detokenize) int32_t realm_detokenize(uint32_t stream, const uint32_t *tokens, uint32_t n, uint32_t flags, void *out, uint32_t cap);
 
 /* Render messages with the model's chat template.
- *   messages, len: JSON: [{"role": "user", "content": "..."}, ...]; 2..16777216 bytes of valid
- * UTF-8
+ *   messages, len: JSON: [{"role": "user", "content": "..."}, ...]; 2..262144 bytes of valid UTF-8
  *   flags: bits of CHAT_* (0..1)
  *   out, cap: receives UTF-8, to be tokenized with TOKENIZE_SPECIAL; room in bytes
  * Returns bytes of text, or an error code.

@@ -251,8 +251,9 @@ comptime {
 /// Errors: INVALID_ARGUMENT, BAD_POINTER, BAD_HANDLE, CONTEXT_FULL, LIMIT, OUT_OF_MEMORY, INTERNAL.
 pub extern "realm" fn forward(seq: i32, tokens: [*]const u32, n: u32, sampling: ?*const Sampling, out: ?*Token) i32;
 
-/// forward for several sequences in one suspension. Each item has its own answer or error.
-/// Suspends.
+/// forward for several sequences in one suspension. Each item has its own answer or error. All
+/// their tokens, masks and biases together may have 4 MiB; an item beyond that is an
+/// INVALID_ARGUMENT. Suspends.
 ///   items, count: one entry a sequence, answers are written back; 1..1024 entries
 /// Returns how many items succeeded, or an error code.
 /// Errors: INVALID_ARGUMENT, BAD_POINTER.
@@ -298,7 +299,7 @@ pub extern "realm" fn sample(seq: i32, sampling: *const Sampling, out: ?*Token) 
 
 /// Log-probabilities that the kept logits give to tokens.
 ///   seq: sequence handle
-///   tokens, n: token ids; 1..1048576 entries
+///   tokens, n: token ids; 1..262144 entries
 ///   out, cap: receives one value a token; room in entries
 /// Returns how many values were written, or an error code.
 /// Errors: INVALID_ARGUMENT, BAD_POINTER, BAD_HANDLE, NO_LOGITS.
@@ -348,7 +349,7 @@ pub extern "realm" fn seq_save(seq: i32, name: [*]const u8, len: u32) i32;
 pub extern "realm" fn seq_open(name: [*]const u8, len: u32) i32;
 
 /// Text to token ids. No token is added at the front.
-///   text, len: text; 0..16777216 bytes of valid UTF-8
+///   text, len: text; 0..262144 bytes of valid UTF-8
 ///   flags: bits of TOKENIZE_* (0..1)
 ///   out, cap: receives token ids; room in entries
 /// Returns how many tokens there are, or an error code.
@@ -356,18 +357,19 @@ pub extern "realm" fn seq_open(name: [*]const u8, len: u32) i32;
 pub extern "realm" fn tokenize(text: [*]const u8, len: u32, flags: u32, out: [*]u32, cap: u32) i32;
 
 /// Token ids to text. With a stream number the pieces of one text are given as soon as their
-/// characters are whole; n = 0 ends the stream and gives what is left.
+/// characters are whole; n = 0 ends the stream and gives what is left. Text that did not fit is
+/// given by the same call again; a stream (or all together) with too much of it takes no more
+/// tokens.
 ///   stream: 0, or a number the guest chose for this stream (0..1023)
-///   tokens, n: token ids; 0..1048576 entries
+///   tokens, n: token ids; 0..65536 entries
 ///   flags: bits of DETOKENIZE_* (0..1)
 ///   out, cap: receives UTF-8; room in bytes
 /// Returns bytes of text, or an error code.
-/// Errors: INVALID_ARGUMENT, BAD_POINTER.
+/// Errors: INVALID_ARGUMENT, BAD_POINTER, LIMIT.
 pub extern "realm" fn detokenize(stream: u32, tokens: [*]const u32, n: u32, flags: u32, out: [*]u8, cap: u32) i32;
 
 /// Render messages with the model's chat template.
-///   messages, len: JSON: [{"role": "user", "content": "..."}, ...]; 2..16777216 bytes of valid
-/// UTF-8
+///   messages, len: JSON: [{"role": "user", "content": "..."}, ...]; 2..262144 bytes of valid UTF-8
 ///   flags: bits of CHAT_* (0..1)
 ///   out, cap: receives UTF-8, to be tokenized with TOKENIZE_SPECIAL; room in bytes
 /// Returns bytes of text, or an error code.

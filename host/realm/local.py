@@ -17,6 +17,7 @@ from realm.guests.abi import ErrorCode
 from realm.guests.compiler import compile_module_sync
 from realm.guests.facts import ModelFacts
 from realm.guests.runtime import GuestRuntime
+from realm.limits import LIMITS
 from realm.messages import (
     CancelRun,
     Credit,
@@ -29,6 +30,7 @@ from realm.messages import (
     StoreGet,
     StoreReply,
     StoreSet,
+    TenantShare,
     WorkerEvent,
 )
 from realm.models.tokenizer import Tokenizer
@@ -78,7 +80,10 @@ def run_local(
         seed=secrets.randbits(64) if seed is None else seed,
         limits=limits or RunLimits(),
         credit=_CREDIT,
+        artifact_sha256=module.artifact_sha256,
     )
+    # Nobody shares this processor: the rate that slows a tenant down on a server does not count.
+    runtime.share(TenantShare(LOCAL_TENANT, float(LIMITS["fuel_per_second"].default) * 1000))
     runtime.start(start)
     runtime.close_input(_RUN)
     try:

@@ -243,13 +243,20 @@ class TenantQuota(_Message, tag="quota"):
 
 
 class TenantStats(msgspec.Struct, array_like=True, gc=False):
-    """What one tenant has used since the engine started."""
+    """What one tenant has used since the engine started, and what it holds now.
+
+    Attributes:
+        pages, sequences: held now. saved: sequences kept by name.
+        minute_tokens: what counts against ``tokens_per_minute`` now.
+    """
 
     prefill_tokens: int = 0
     decode_tokens: int = 0
     cached_tokens: int = 0
     pages: int = 0
     sequences: int = 0
+    minute_tokens: int = 0
+    saved: int = 0
 
 
 class EngineStats(_Message, tag="stats"):
@@ -360,19 +367,27 @@ class Credit(_Message, tag="credit"):
 
 
 class StoreReply(_Message, tag="store"):
-    """Answer to :class:`StoreGet` (``value``) and :class:`StoreSet`; ``code`` is 0 or an ABI error."""
+    """Answer to :class:`StoreGet` (``value``) and :class:`StoreSet`; ``code`` is 0 or an ABI error.
+
+    ``limit`` says which of the tenant's limits refused a value.
+    """
 
     call: int
     code: int
     value: bytes | None = None
     message: str = ""
+    limit: LimitMet | None = None
 
 
 class Shutdown(_Message, tag="shutdown"):
     """End all runs and exit."""
 
 
-GatewayToWorker = Union[StartRun, TenantShare, CancelRun, ClientMessage, Credit, StoreReply, Shutdown]
+class Ping(_Message, tag="ping"):
+    """Are you there? The next :class:`WorkerEvents`, which may be empty, is the answer."""
+
+
+GatewayToWorker = Union[StartRun, TenantShare, CancelRun, ClientMessage, Credit, StoreReply, Shutdown, Ping]
 
 # --- worker -> gateway --------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ decode ``forward``, suspend, hand over, deliver, resume. Run from the repository
 
 from __future__ import annotations
 
+import hashlib
 import json
 import statistics
 import sys
@@ -43,24 +44,26 @@ GUEST = """(module
     (i32.const 0)))"""
 
 
-def artifact(folder: Path, steps: int) -> str:
+def artifact(folder: Path, steps: int) -> tuple[str, str]:
+    """Path and hash of the compiled guest."""
     wasm = folder / f"guest{steps}.wasm"
     wasm.write_bytes(wasmtime.wat2wasm(GUEST.replace("STEPS", str(steps))))
-    return str(compile_module_sync(wasm, folder / "cache").artifact)
+    path = compile_module_sync(wasm, folder / "cache").artifact
+    return str(path), hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def measure(path: str, count: int, steps: int) -> dict[str, float]:
+def measure(path: tuple[str, str], count: int, steps: int) -> dict[str, float]:
     """Microseconds a start and a call, with ``count`` guests."""
     runtime = GuestRuntime(1, FakeTokenizer(), FACTS)
     limits = RunLimits()
     # Loaded beforehand: this is the cost of one more guest of a module that is running.
-    runtime.start(StartRun(0, "a", "m", path, b"", 1, limits))
+    runtime.start(StartRun(0, "a", "m", path[0], b"", 1, limits, artifact_sha256=path[1]))
     while not any(isinstance(op, Forward) for op in runtime.turn(time.monotonic()).ops):
         pass
     tune_collector()
     began = time.perf_counter()
     for run in range(1, count + 1):
-        runtime.start(StartRun(run, "a", "m", path, b"", 1, limits))
+        runtime.start(StartRun(run, "a", "m", path[0], b"", 1, limits, artifact_sha256=path[1]))
     calls: list[int] = []
     while len(calls) < count:
         calls += [op.call for op in runtime.turn(time.monotonic()).ops if isinstance(op, Forward)]

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from realm.guests.fiber_types import EngineFailure, FiberState, GuestExit, OutOfBounds
-from realm.guests.fibers import Engine, Fiber, LinkedModule, Linker
+from realm.guests.fibers import Code, Engine, Fiber, LinkedModule, Linker
 from tests.fakes import compiled
 
 ENGINE = Engine()
@@ -31,7 +31,11 @@ WAITS = guest("(i32.wrap_i64 (call $call (i32.const -1) (i64.const -2)))")
 def load(wat: str, handler: Any) -> LinkedModule:
     linker = Linker(ENGINE)
     linker.define("t", "call", ("u32", "i64"), "i64", handler)
-    return linker.load(Path(compiled(wat)))
+    return linker.link(artifact(wat))
+
+
+def artifact(wat: str) -> Code:
+    return Code(ENGINE, Path(compiled(wat)).read_bytes())
 
 
 def fiber(wat: str, handler: Any = lambda guest, values: None, **limits: int) -> Fiber:
@@ -191,17 +195,35 @@ def test_fuel_is_exact_and_repeatable() -> None:
     assert burnt() == burnt() > 0
 
 
-def test_artifacts_of_other_kinds_are_refused(tmp_path: Path) -> None:
-    linker = Linker(ENGINE)
-    for data in (b"", b"not native code", Path(compiled(WAITS)).read_bytes()[:-200]):
-        path = tmp_path / "bad.cwasm"
-        path.write_bytes(data)
+def test_artifacts_of_other_kinds_are_refused() -> None:
+    whole = Path(compiled(WAITS)).read_bytes()
+    for data in (b"", b"not native code", whole[:-200]):
         with pytest.raises(EngineFailure):
-            linker.load(path)
-    with pytest.raises(EngineFailure):
-        linker.load(tmp_path / "absent")
+            Code(ENGINE, data)
     with pytest.raises(EngineFailure, match="unknown import"):
-        linker.load(Path(compiled(WAITS)))
+        Linker(ENGINE).link(Code(ENGINE, whole))
+    code = Code(ENGINE, whole)
+    code.close()
+    code.close()
+    with pytest.raises(EngineFailure):
+        Linker(ENGINE).link(code)
+
+
+def test_a_guest_cannot_be_run_from_inside_another() -> None:
+    other = fiber(WAITS)
+
+    def again(guest: object, values: tuple[int, ...]) -> int:
+        for one in (inside, other):
+            with pytest.raises(EngineFailure, match="inside a host function"):
+                one.poll()
+        return 4
+
+    inside = fiber(WAITS, again)
+    assert inside.poll() is FiberState.DONE
+    assert inside.result == 4
+    assert other.poll() is FiberState.WAITING
+    inside.close()
+    other.close()
 
 
 def test_a_closed_module_cannot_be_started() -> None:

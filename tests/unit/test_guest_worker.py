@@ -28,7 +28,7 @@ from realm.messages import (
     WorkerToGateway,
     WorkerTurn,
 )
-from tests.fakes import CONTEXT, FakeEngine, compiled, greedy
+from tests.fakes import CONTEXT, FakeEngine, artifacts_folder, compiled, digest, greedy
 from tests.model_files import write_folder
 from tests.wat import GENERATE, SPIN, sampling
 
@@ -44,9 +44,10 @@ class Peers:
                 "-m",
                 "realm.guests.worker",
                 *("--engine", str(folder / "engine"), "--gateway", str(folder / "gateway")),
-                *("--model", str(model), "--worker", "5"),
+                *("--model", str(model), "--worker", "5", "--cache", str(artifacts_folder())),
             ],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(["host", *sys.path])},
+            # Threads of numpy's BLAS would be outside the sandbox.
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(["host", *sys.path]), "OPENBLAS_NUM_THREADS": "1"},
         )
         self.engine: BlockingChannel[Any] = BlockingChannel(self._accept(0), ToEngine)
         self.gateway: BlockingChannel[Any] = BlockingChannel(self._accept(1), WorkerToGateway)
@@ -110,7 +111,8 @@ def peers(tmp_path: Path) -> Iterator[Peers]:
 
 
 def start(run: int, wat: str, **limits: Any) -> StartRun:
-    return StartRun(run, "a", "m", compiled(wat), sampling(), 7, RunLimits(**limits))
+    path = compiled(wat)
+    return StartRun(run, "a", "m", path, sampling(), 7, RunLimits(**limits), artifact_sha256=digest(path))
 
 
 def test_a_run_through_the_process(peers: Peers) -> None:

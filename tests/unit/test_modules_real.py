@@ -36,8 +36,10 @@ class Bench:
         self.workers += 1
         runtime = GuestRuntime(self.workers, self.tokenizer, self.facts)
         for number, (wasm, text, seed) in enumerate(jobs):
-            artifact = compile_module_sync(wasm, self.cache).artifact
-            runtime.start(StartRun(number, "t", wasm.stem, str(artifact), text.encode(), seed, RunLimits(), 1 << 20))
+            module = compile_module_sync(wasm, self.cache)
+            path, sha256 = str(module.artifact), module.artifact_sha256
+            message = StartRun(number, "t", wasm.stem, path, text.encode(), seed, RunLimits(), 1 << 20, sha256)
+            runtime.start(message)
         output = [b""] * len(jobs)
         codes: dict[int, int] = {}
         replies = 0

@@ -4,11 +4,13 @@ Argument decoding and checks, ``realm.h``, the Zig declarations, ``realm_abi.md`
 the boundary are derived from the tables here. Adding a host function is one entry in
 :data:`FUNCTIONS` and one method of the same name in :mod:`realm.guests.hostcalls`.
 
-Conventions. All integers are little-endian. Pointers and lengths are unsigned 32-bit function
-parameters; *inside structs* a pointer is always 64 bits wide, so that one layout serves 32- and
-64-bit memories. A function returns ``i32`` or ``i64``; a negative value is an error code.
-Functions that fill a buffer return the needed length; when that is more than the capacity,
-nothing is written and the guest may call again with more room.
+Conventions. All integers are little-endian. Pointers and lengths are unsigned function parameters,
+32 bits wide, or 64 for a guest whose memory is a 64-bit one; *inside structs* a pointer is always
+64 bits wide, so that one layout serves both. Pointers need no alignment: the host copies bytes.
+Buffers of one call may overlap: all that is read is read before anything is written. A function
+returns ``i32`` or ``i64``; a negative value is an error code. Functions that fill a buffer return
+the needed length; when that is more than the capacity, nothing is written and the guest may call
+again with more room.
 """
 
 from __future__ import annotations
@@ -40,6 +42,11 @@ __all__ = [
     "FUNCTIONS",
     "IMPORT_MODULE",
     "ITEM",
+    "MAX_BATCH_BYTES",
+    "MAX_DETOKENIZED",
+    "MAX_MESSAGES",
+    "MAX_SCORED",
+    "MAX_TEXT",
     "MODEL_INFO",
     "SAMPLING",
     "SPECULATION",
@@ -63,6 +70,13 @@ __all__ = [
 ABI_VERSION = 1
 IMPORT_MODULE = "realm"
 
+# What one call may take: what a context of 65,536 tokens holds, or all the tokens there are to ask for.
+MAX_TEXT = 256 << 10
+MAX_MESSAGES = 256 << 10
+MAX_DETOKENIZED = 65_536
+MAX_SCORED = 1 << 18
+MAX_BATCH_BYTES = 4 << 20
+"""Tokens, masks and biases of one ``batch_forward``."""
 
 ERROR_DOCS: dict[ErrorCode, str] = {
     ErrorCode.INVALID_ARGUMENT: "a value is out of its range (the run's log says which)",
@@ -213,7 +227,8 @@ FUNCTIONS: tuple[Function, ...] = (
     Function(
         "batch_forward",
         "model",
-        "forward for several sequences in one suspension. Each item has its own answer or error.",
+        "forward for several sequences in one suspension. Each item has its own answer or error. All their "
+        "tokens, masks and biases together may have 4 MiB; an item beyond that is an INVALID_ARGUMENT.",
         (InOut("items", ITEM, "one entry a sequence"),),
         "how many items succeeded",
         suspends=True,
@@ -275,7 +290,7 @@ FUNCTIONS: tuple[Function, ...] = (
         "Log-probabilities that the kept logits give to tokens.",
         (
             Handle("seq"),
-            Input("tokens", "u32", "token ids", count="n", low=1, high=1 << 20),
+            Input("tokens", "u32", "token ids", count="n", low=1, high=MAX_SCORED),
             Output("out", "f32", "one value a token"),
         ),
         "how many values were written",
@@ -324,7 +339,7 @@ FUNCTIONS: tuple[Function, ...] = (
         "text",
         "Text to token ids. No token is added at the front.",
         (
-            Input("text", "u8", "text", utf8=True),
+            Input("text", "u8", "text", high=MAX_TEXT, utf8=True),
             Scalar("flags", "u32", "bits of TOKENIZE_*", low=0, high=1),
             Output("out", "u32", "token ids"),
         ),
@@ -334,21 +349,25 @@ FUNCTIONS: tuple[Function, ...] = (
         "detokenize",
         "text",
         "Token ids to text. With a stream number the pieces of one text are given as soon as their "
-        "characters are whole; n = 0 ends the stream and gives what is left.",
+        "characters are whole; n = 0 ends the stream and gives what is left. Text that did not fit is given "
+        "by the same call again; a stream (or all together) with too much of it takes no more tokens.",
         (
             Scalar("stream", "u32", "0, or a number the guest chose for this stream", low=0, high=1023),
-            Input("tokens", "u32", "token ids", count="n", low=0, high=1 << 20),
+            Input("tokens", "u32", "token ids", count="n", low=0, high=MAX_DETOKENIZED),
             Scalar("flags", "u32", "bits of DETOKENIZE_*", low=0, high=1),
             Output("out", "u8", "UTF-8"),
         ),
         "bytes of text",
+        errors=(_E.LIMIT,),
     ),
     Function(
         "chat_template",
         "text",
         "Render messages with the model's chat template.",
         (
-            Input("messages", "u8", 'JSON: [{"role": "user", "content": "..."}, ...]', low=2, utf8=True),
+            Input(
+                "messages", "u8", 'JSON: [{"role": "user", "content": "..."}, ...]', low=2, high=MAX_MESSAGES, utf8=True
+            ),
             Scalar("flags", "u32", "bits of CHAT_*", low=0, high=1),
             Output("out", "u8", "UTF-8, to be tokenized with TOKENIZE_SPECIAL"),
         ),
@@ -422,14 +441,18 @@ FUNCTIONS: tuple[Function, ...] = (
 BY_NAME: dict[str, Function] = {f.name: f for f in FUNCTIONS}
 
 
-def wasm_parameters(function: Function) -> list[Literal["i32", "i64"]]:
-    """The WASM parameter types of a host function for a 32-bit memory."""
+def wasm_parameters(function: Function, wide: bool = False) -> list[Literal["i32", "i64"]]:
+    """The WASM parameter types of a host function; ``wide`` is for a guest with a 64-bit memory."""
+    address: Literal["i32", "i64"] = "i64" if wide else "i32"
     types: list[Literal["i32", "i64"]] = []
     for p in function.parameters:
-        if isinstance(p, Scalar):
-            types.append("i64" if p.kind in ("i64", "u64") else "i32")
-        elif isinstance(p, Input | Output | InOut):
-            types += ["i32", "i32"]
-        else:
-            types.append("i32")
+        match p:
+            case Scalar():
+                types.append("i64" if p.kind in ("i64", "u64") else "i32")
+            case Handle():
+                types.append("i32")
+            case Input() | Output() | InOut():
+                types += [address, address]
+            case StructIn() | StructOut():
+                types.append(address)
     return types

@@ -1,21 +1,16 @@
-"""Host functions on the model and on sequences: forward, logits, fork, truncate, save."""
+"""Host functions on the model and on sequences: forward, fork, truncate, save."""
 
 from __future__ import annotations
 
 import math
-import struct
-from array import array
 from functools import partial
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from realm.guests.abi import CONSTANTS, ErrorCode
-from realm.guests.decoding import LAYOUTS, Refused, Room, Rows
-from realm.guests.deferral import deferred
+from realm.guests.decoding import LAYOUTS, Refused, Room
 from realm.guests.fiber_types import OutOfBounds
 from realm.guests.run import GuestRun
-from realm.guests.sampling_reference import draw_token, log_probabilities, most_likely
+from realm.guests.sampling_arguments import Decoded, check_tokens, decode_sampling, with_draw
 from realm.guests.sequences import GuestSequence
 from realm.messages import (
     CallDone,
@@ -31,65 +26,34 @@ from realm.messages import (
     TruncateSequence,
 )
 
-LOGPROB = CONSTANTS["SAMPLE_LOGPROB"][0]
-KEEP_LOGITS = CONSTANTS["SAMPLE_KEEP_LOGITS"][0]
-SEED = CONSTANTS["SAMPLE_SEED"][0]
 TOKEN_EOS = CONSTANTS["TOKEN_EOS"][0]
-MAX_BIAS = 4096
+MAX_DRAFT = 4096
+KEPT_LOGITS = 8
+"""So many sequences of a run may keep their logits, however little memory it may have."""
 
 _TOKEN = LAYOUTS["realm_token"]
 _SAMPLING = LAYOUTS["realm_sampling"]
-_ITEM = LAYOUTS["realm_item"]
-_ITEM_ANSWER = struct.Struct("<ifII")
-_ITEM_ANSWER_AT = 24
-_CANDIDATE = LAYOUTS["realm_candidate"]
 _NAN = math.nan
-_SMALL = 64
 
 
 class ModelCalls:
-    """Groups model, logits and sequences of the table."""
+    """Groups model and sequences of the table."""
 
     # --- forward ----------------------------------------------------------------------------------
 
     def forward(
         self, run: GuestRun, seq: GuestSequence, tokens: bytes, sampling: tuple[Any, ...] | None, out: int
     ) -> int | None:
-        params, keep = _prepare(run, seq, tokens, sampling)
+        check_tokens(run, tokens, "tokens")
+        decoded = None if sampling is None else decode_sampling(run, sampling)
+        check_room(run, seq, len(tokens) >> 2)
+        if decoded is None or decoded.keep_logits:
+            check_kept(run, seq, 0)
+        run.debt += len(tokens)
+        params, keep = commit(run, seq, tokens, decoded)
         call = run.call(partial(_forward_done, run, seq, tokens, out))
         run.op(Forward(call, seq.id, tokens, params, keep))
         return None
-
-    def batch_forward(self, run: GuestRun, items: Rows) -> int | None:
-        seen: set[int] = set()
-        batch = _Batch(run)
-        ops: list[Forward] = []
-        for number, (handle, count, tokens_at, sampling_at, *_) in enumerate(items.rows):
-            at = items.pointer + number * _ITEM.size + _ITEM_ANSWER_AT
-            try:
-                seq = run.sequences.get(handle)
-                if seq is None or handle in seen:
-                    why = "is in the batch already" if handle in seen else "is no sequence of this run"
-                    raise Refused(ErrorCode.BAD_HANDLE, f"seq {handle} {why}")
-                seen.add(handle)
-                if not 1 <= count <= 1 << 20:
-                    raise Refused(ErrorCode.INVALID_ARGUMENT, f"count is {count}; it must be 1..{1 << 20}")
-                try:
-                    tokens = run.memory.read(tokens_at, count * 4)
-                    sampling = run.memory.unpack(_SAMPLING, sampling_at) if sampling_at else None
-                except OutOfBounds:
-                    raise Refused(ErrorCode.BAD_POINTER, "tokens or sampling reach outside the memory") from None
-                params, keep = _prepare(run, seq, tokens, sampling)
-            except Refused as refused:
-                run.warn(f"batch_forward: items[{number}]: {refused.text}")
-                run.memory.pack(_ITEM_ANSWER, at, int(refused.code), _NAN, 0, 0)
-                continue
-            call = run.call(partial(batch.done, seq, tokens, at))
-            batch.missing += 1
-            ops.append(Forward(call, seq.id, tokens, params, keep))
-        for op in ops:
-            run.op(op)
-        return None if ops else 0
 
     def lora_apply(self, run: GuestRun, seq: GuestSequence, name: str) -> int:
         raise Refused(ErrorCode.NOT_SUPPORTED, "this engine has no adapters")
@@ -98,67 +62,15 @@ class ModelCalls:
         source, _length, tokens_at, count, flags, sampling_at, *_ = params
         if source > 2 or flags:
             raise Refused(ErrorCode.INVALID_ARGUMENT, f"params: source {source}, flags {flags}")
-        if count > 1 << 20:
+        if count > MAX_DRAFT:
             raise Refused(ErrorCode.INVALID_ARGUMENT, f"params.count is {count}")
         try:
             check_tokens(run, run.memory.read(tokens_at, count * 4), "params.tokens")
             if sampling_at:
-                _decode_sampling(run, run.memory.unpack(_SAMPLING, sampling_at))
+                decode_sampling(run, run.memory.unpack(_SAMPLING, sampling_at))
         except OutOfBounds:
             raise Refused(ErrorCode.BAD_POINTER, "params: tokens or sampling reach outside the memory") from None
         raise Refused(ErrorCode.NOT_SUPPORTED, "this engine does not speculate for guests")
-
-    # --- logits -----------------------------------------------------------------------------------
-
-    def logits_read(self, run: GuestRun, seq: GuestSequence, out: Room) -> int:
-        data = _logits(seq)
-        run.charge(len(data) >> 4)
-        count = len(data) >> 2
-        if count <= out.capacity:
-            run.memory.write(out.pointer, data)
-        return count
-
-    @deferred
-    def logits_topk(self, run: GuestRun, seq: GuestSequence, out: Room) -> int:
-        logits = _logit_array(run, seq)
-        tokens, logprobs = most_likely(logits, out.capacity)
-        pairs = np.empty(len(tokens), dtype=[("token", "<u4"), ("logprob", "<f4")])
-        pairs["token"], pairs["logprob"] = tokens, logprobs
-        run.memory.write(out.pointer, pairs.tobytes())
-        return len(tokens)
-
-    @deferred
-    def sample(self, run: GuestRun, seq: GuestSequence, sampling: tuple[Any, ...], out: int) -> int:
-        logits = _logit_array(run, seq)
-        decoded = _decode_sampling(run, sampling)
-        penalty = decoded.params.repetition_penalty
-        if penalty != 1.0 and seq.unknown:
-            raise Refused(
-                ErrorCode.NOT_SUPPORTED,
-                "repetition_penalty needs the tokens of a sequence that was opened by name; let forward sample",
-            )
-        history = np.frombuffer(seq.tokens(), dtype="<u4") if penalty != 1.0 else None
-        params = _with_draw(seq, decoded)
-        try:
-            token, logprob = draw_token(logits, params, history)
-        except ValueError as error:
-            raise Refused(ErrorCode.INVALID_ARGUMENT, f"sampling: {error}") from None
-        seq.sampled = token
-        run.usage.new_tokens += 1
-        if out:
-            eos = TOKEN_EOS if token in run.runtime.facts.eos else 0
-            run.memory.pack(_TOKEN, out, token, logprob, seq.length, eos)
-        return token
-
-    @deferred
-    def score(self, run: GuestRun, seq: GuestSequence, tokens: bytes, out: Room) -> int:
-        logits = _logit_array(run, seq)
-        check_tokens(run, tokens, "tokens")
-        count = len(tokens) >> 2
-        if count <= out.capacity:
-            values = log_probabilities(logits, np.frombuffer(tokens, dtype="<u4"))
-            run.memory.write(out.pointer, values.astype("<f4").tobytes())
-        return count
 
     # --- sequences --------------------------------------------------------------------------------
 
@@ -199,29 +111,8 @@ class ModelCalls:
 # --- checks ---------------------------------------------------------------------------------------
 
 
-def check_tokens(run: GuestRun, tokens: bytes, name: str) -> None:
-    if not tokens:
-        return
-    if len(tokens) == 4:
-        highest = int.from_bytes(tokens, "little")
-    elif len(tokens) <= _SMALL * 4:
-        highest = max(array("I", tokens))
-    else:
-        highest = int(np.frombuffer(tokens, dtype="<u4").max())
-    vocab = run.runtime.facts.vocab_size
-    if highest >= vocab:
-        raise Refused(ErrorCode.INVALID_ARGUMENT, f"{name}: {highest} is not below the vocabulary's size {vocab:,}")
-
-
-def _prepare(
-    run: GuestRun, seq: GuestSequence, tokens: bytes, sampling: tuple[Any, ...] | None
-) -> tuple[SamplingParams | None, bool]:
-    """Check one forward, account for its tokens, and give its sampling and whether to keep logits."""
-    check_tokens(run, tokens, "tokens")
-    params: SamplingParams | None = None
-    keep = True
-    decoded = None if sampling is None else _decode_sampling(run, sampling)
-    count = len(tokens) >> 2
+def check_room(run: GuestRun, seq: GuestSequence, count: int) -> None:
+    """Raise Refused unless the sequence and the run may have so many more tokens."""
     context = run.runtime.facts.context_length
     if seq.length + count > context:
         what = f"the sequence would have {seq.length + count:,} tokens"
@@ -231,11 +122,34 @@ def _prepare(
     if count > run.tokens_left:
         limit = run.start.limits.tokens
         used = limit - run.tokens_left
-        raise run.refuse_limit("tokens", limit, used, f"no room for {count:,} more tokens")
+        raise run.refuse_limit("tokens_per_run", limit, used, f"no room for {count:,} more tokens")
+
+
+def check_kept(run: GuestRun, seq: GuestSequence, coming: int) -> None:
+    """Raise Refused if the sequence cannot keep its logits: a run's kept ones count like its memory.
+
+    ``coming`` is how many the run waits for already. Forks share what they keep.
+    """
+    size = 4 * run.runtime.facts.vocab_size
+    limit = max(run.start.limits.memory_bytes, KEPT_LOGITS * size)
+    if (len(run.sequences) + coming) * size <= limit:
+        return
+    kept = len({id(s.logits) for s in run.sequences.values() if s.logits is not None and s is not seq}) + coming
+    if (kept + 1) * size > limit:
+        raise run.refuse_limit("memory_bytes", limit, kept * size, "no room to keep more logits")
+
+
+def commit(
+    run: GuestRun, seq: GuestSequence, tokens: bytes, decoded: Decoded | None
+) -> tuple[SamplingParams | None, bool]:
+    """Account for the tokens of a checked forward; its sampling, and whether to keep logits."""
+    params: SamplingParams | None = None
+    keep = True
+    count = len(tokens) >> 2
     run.tokens_left -= count
     if decoded is not None:
         keep = decoded.keep_logits
-        params = _with_draw(seq, decoded)
+        params = with_draw(seq, decoded)
     if seq.sampled < 0 or int.from_bytes(tokens[:4], "little") != seq.sampled:
         run.usage.prompt_tokens += count
     else:
@@ -246,125 +160,10 @@ def _prepare(
     return params, keep
 
 
-class Decoded(NamedTuple):
-    """A checked ``realm_sampling``; ``params`` lacks its draw."""
-
-    params: SamplingParams
-    keep_logits: bool
-    seed: int | None
-
-
-def _with_draw(seq: GuestSequence, decoded: Decoded) -> SamplingParams:
-    """The parameters of one draw. Each uses up one number of the sequence, greedy or not."""
-    p = decoded.params
-    if p.temperature == 0:
-        seq.draws += 1
-        return p
-    uniform = seq.draw(decoded.seed)
-    return SamplingParams(
-        p.temperature,
-        p.top_k,
-        p.top_p,
-        p.min_p,
-        p.repetition_penalty,
-        uniform,
-        p.mask,
-        p.bias_tokens,
-        p.bias_values,
-        p.logprob,
-    )
-
-
-def _decode_sampling(run: GuestRun, raw: tuple[Any, ...]) -> Decoded:
-    """Check a ``realm_sampling`` and what it points to."""
-    cached = run.sampling_cache
-    if cached is not None and cached[0] == raw:
-        result: Decoded = cached[1]
-        return result
-    temperature, top_p, min_p, penalty, top_k, flags, seed, mask_at, bias_at, mask_words, bias_count = raw
-    # Comparisons are false for NaN, so each range refuses it too.
-    _range("temperature", temperature, 0.0, 100.0)
-    _range("top_p", top_p, 0.0, 1.0)
-    _range("min_p", min_p, 0.0, 1.0)
-    _range("repetition_penalty", penalty, 0.0, 100.0)
-    if flags > LOGPROB | KEEP_LOGITS | SEED:
-        raise Refused(ErrorCode.INVALID_ARGUMENT, f"sampling.flags is {flags:#x}: unknown bits")
-    mask = bias_tokens = bias_values = None
-    if mask_at:
-        mask = _read_mask(run, mask_at, mask_words)
-    elif mask_words:
-        raise Refused(ErrorCode.INVALID_ARGUMENT, "sampling.mask_words is given without a mask")
-    if bias_count:
-        bias_tokens, bias_values = _read_bias(run, bias_at, bias_count)
-    params = SamplingParams(
-        temperature,
-        top_k,
-        top_p or 1.0,
-        min_p,
-        penalty or 1.0,
-        0.0,
-        mask,
-        bias_tokens,
-        bias_values,
-        bool(flags & LOGPROB),
-    )
-    decoded = Decoded(params, bool(flags & KEEP_LOGITS), seed if flags & SEED else None)
-    if not mask_at and not bias_count:
-        # What lies behind pointers may change between calls; plain values do not.
-        run.sampling_cache = (raw, decoded)
-    return decoded
-
-
-def _range(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise Refused(ErrorCode.INVALID_ARGUMENT, f"sampling.{name} is {value}; it must be {low:g}..{high:g}")
-
-
-def _read_mask(run: GuestRun, pointer: int, words: int) -> bytes:
-    facts = run.runtime.facts
-    if words != facts.mask_words:
-        raise Refused(ErrorCode.INVALID_ARGUMENT, f"sampling.mask_words is {words}; it must be {facts.mask_words}")
-    try:
-        mask = run.memory.read(pointer, words * 4)
-    except OutOfBounds:
-        raise Refused(ErrorCode.BAD_POINTER, "sampling.mask reaches outside the memory") from None
-    if not int.from_bytes(mask, "little") & ((1 << facts.vocab_size) - 1):
-        raise Refused(ErrorCode.INVALID_ARGUMENT, "sampling.mask allows no token")
-    return mask
-
-
-def _read_bias(run: GuestRun, pointer: int, count: int) -> tuple[bytes, bytes]:
-    if count > MAX_BIAS:
-        raise Refused(ErrorCode.INVALID_ARGUMENT, f"sampling.bias_count is {count}; it must be 0..{MAX_BIAS}")
-    try:
-        pairs = np.frombuffer(run.memory.read(pointer, count * 8), dtype=[("token", "<u4"), ("value", "<f4")])
-    except OutOfBounds:
-        raise Refused(ErrorCode.BAD_POINTER, "sampling.bias reaches outside the memory") from None
-    if not np.isfinite(pairs["value"]).all():
-        raise Refused(ErrorCode.INVALID_ARGUMENT, "sampling.bias has a value that is not finite")
-    tokens = pairs["token"].tobytes()
-    check_tokens(run, tokens, "sampling.bias")
-    return tokens, pairs["value"].tobytes()
-
-
-def _logits(seq: GuestSequence) -> bytes:
-    if seq.logits is None:
-        raise Refused(
-            ErrorCode.NO_LOGITS, "the sequence has no logits: call forward without sampling, or with KEEP_LOGITS"
-        )
-    return seq.logits
-
-
-def _logit_array(run: GuestRun, seq: GuestSequence) -> np.ndarray[Any, np.dtype[np.float32]]:
-    logits = np.frombuffer(_logits(seq), dtype="<f4")
-    run.charge(16 * len(logits))
-    return logits
-
-
 # --- answers --------------------------------------------------------------------------------------
 
 
-def _settle_forward(run: GuestRun, seq: GuestSequence, tokens: bytes, result: EngineResult) -> tuple[int, float, int]:
+def settle_forward(run: GuestRun, seq: GuestSequence, tokens: bytes, result: EngineResult) -> tuple[int, float, int]:
     """Take an engine's answer in: (token or error code, log-probability, flags)."""
     if isinstance(result, ForwardDone):
         usage = run.usage
@@ -387,32 +186,18 @@ def _failed(run: GuestRun, name: str, result: EngineResult) -> int:
     if not isinstance(result, CallFailed):
         raise TypeError(f"the engine answered {name} with {type(result).__name__}")
     run.warn(f"{name}: {result.message}")
+    if result.limit is not None:
+        run.limit = result.limit
     return result.code if result.code < 0 else int(ErrorCode.INTERNAL)
 
 
 def _forward_done(run: GuestRun, seq: GuestSequence, tokens: bytes, out: int, result: EngineResult) -> int:
-    token, logprob, flags = _settle_forward(run, seq, tokens, result)
+    token, logprob, flags = settle_forward(run, seq, tokens, result)
     if isinstance(result, CallFailed):
         return token
     if out:
         run.memory.pack(_TOKEN, out, token, logprob, seq.length, flags)
     return max(token, 0)
-
-
-class _Batch:
-    """The answers that one ``batch_forward`` still misses."""
-
-    def __init__(self, run: GuestRun) -> None:
-        self.run = run
-        self.missing = 0
-        self.succeeded = 0
-
-    def done(self, seq: GuestSequence, tokens: bytes, at: int, result: EngineResult) -> int | None:
-        token, logprob, flags = _settle_forward(self.run, seq, tokens, result)
-        self.run.memory.pack(_ITEM_ANSWER, at, token, logprob, seq.length, flags)
-        self.succeeded += not isinstance(result, CallFailed)
-        self.missing -= 1
-        return None if self.missing else self.succeeded
 
 
 def _value_done(run: GuestRun, name: str, result: EngineResult) -> int:

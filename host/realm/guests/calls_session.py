@@ -7,9 +7,14 @@ from functools import partial
 from realm.guests.abi import ErrorCode
 from realm.guests.calls_text import fill
 from realm.guests.decoding import Refused, Room
+from realm.guests.deferral import Steps
 from realm.guests.run import GuestRun
 from realm.messages import StoreGet, StoreReply, StoreSet
 
+COPY_FUEL = 4
+"""Fuel a byte that is copied: 1 ns, most of it for memory that the guest has not touched yet."""
+COPY_STEP = 512 << 10
+"""Longer copies are done in steps of so many bytes."""
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -21,13 +26,16 @@ class SessionCalls:
     def input_len(self, run: GuestRun) -> int:
         return len(run.start.input)
 
-    def input_read(self, run: GuestRun, offset: int, out: Room) -> int:
+    def input_read(self, run: GuestRun, offset: int, out: Room) -> int | None:
         data = run.start.input
         if offset > len(data):
             raise Refused(ErrorCode.INVALID_ARGUMENT, f"offset is {offset}; the input has {len(data)} bytes")
-        piece = data[offset : offset + out.capacity]
+        piece = memoryview(data)[offset : offset + out.capacity]
+        run.charge(COPY_FUEL * len(piece))
+        if len(piece) > COPY_STEP:
+            run.job = _copy(run, out.pointer, piece)
+            return None
         run.memory.write(out.pointer, piece)
-        run.charge(len(piece))
         return len(piece)
 
     def emit(self, run: GuestRun, data: bytes) -> int | None:
@@ -35,16 +43,16 @@ class SessionCalls:
         if size > run.output_left:
             limit = run.start.limits.output_bytes
             used = limit - run.output_left
-            raise run.refuse_limit("output_bytes", limit, used, f"no room for {size:,} more bytes of output")
+            raise run.refuse_limit("output_bytes_per_run", limit, used, f"no room for {size:,} more bytes of output")
         if not size:
             return 0
         run.output_left -= size
         run.usage.output_bytes += size
-        run.charge(size)
+        run.charge(COPY_FUEL * size)
         if size <= run.credit:
             run.send_output(data)
             return 0
-        run.outbox = data
+        run.outbox = memoryview(data)
         run.on_wake = partial(_emit_more, run)
         return run.on_wake(False)
 
@@ -56,7 +64,7 @@ class SessionCalls:
         return result
 
     def log(self, run: GuestRun, level: int, text: bytes) -> int:
-        run.charge(len(text))
+        run.charge(COPY_FUEL * len(text))
         line = text.decode("utf-8", "replace")
         if not run.write_log(LOG_LEVELS[level], line):
             return int(ErrorCode.LIMIT)
@@ -72,7 +80,7 @@ class SessionCalls:
         run.event(StoreGet(call, run.start.run, key))
 
     def kv_set(self, run: GuestRun, key: str, value: bytes) -> None:
-        run.charge(len(value))
+        run.charge(COPY_FUEL * len(value))
         call = run.store_call(partial(_stored, run, "kv_set", None))
         run.event(StoreSet(call, run.start.run, key, value))
 
@@ -91,13 +99,22 @@ class SessionCalls:
         return run.tokens_left
 
 
+def _copy(run: GuestRun, pointer: int, data: memoryview) -> Steps:
+    """Copy to the guest, a part each slice."""
+    for at in range(0, len(data), COPY_STEP):
+        if at:
+            yield
+        run.memory.write(pointer + at, data[at : at + COPY_STEP])
+    return len(data)
+
+
 def _emit_more(run: GuestRun, _late: bool) -> int | None:
     """Send what the credit allows; done when nothing is left."""
     if run.closing is not None:
         return int(ErrorCode.CLOSED)
     size = min(run.credit, len(run.outbox))
     if size > 0:
-        run.send_output(run.outbox[:size])
+        run.send_output(bytes(run.outbox[:size]))
         run.outbox = run.outbox[size:]
     if run.outbox:
         return None
@@ -113,7 +130,7 @@ def _receive(run: GuestRun, out: Room, late: bool) -> int | None:
         result = fill(run, out, run.inbox[0])
         if result <= out.capacity:
             run.inbox_bytes -= len(run.inbox.popleft())
-            run.charge(result)
+            run.charge(COPY_FUEL * result)
     elif run.closed_input:
         result = ErrorCode.CLOSED
     elif late:
@@ -127,6 +144,8 @@ def _receive(run: GuestRun, out: Room, late: bool) -> int | None:
 def _stored(run: GuestRun, name: str, out: Room | None, reply: StoreReply) -> int:
     if reply.code < 0:
         run.warn(f"{name}: {reply.message or ErrorCode(reply.code).name}")
+        if reply.limit is not None:
+            run.limit = reply.limit
         return reply.code
     if out is None:
         return 0

@@ -14,14 +14,17 @@ import wasmtime
 from realm.errors import RealmError
 from realm.guests import abi, wasi
 from realm.guests.fibers import Engine
+from realm.guests.instructions import over
+from realm.guests.module_limits import ModuleLimits
 
-MAX_MODULE_BYTES = 16 << 20
-MAX_START_MEMORY = 512 << 20
-"""Most memory in bytes that a module may ask for while its version is read."""
-VERSION_FUEL = 10_000_000
-"""Fuel for the start function and ``realm_abi_version``."""
-MAX_EXPORTS = 10_000
-MAX_IMPORTS = 1_000
+MAX_MODULE_BYTES = ModuleLimits().module_bytes
+MAX_START_MEMORY = ModuleLimits().memory_bytes
+"""Most memory in bytes that a module may have while its version is read."""
+VERSION_FUEL = 50_000_000
+"""Fuel for setting up the memory (a unit a byte), the start function and ``realm_abi_version``: some 15 ms.
+A fill of memory costs a unit a byte as well, so it bounds what a start function touches."""
+MAX_START_TABLE = ModuleLimits().table_elements
+"""Most elements of a table while the version is read."""
 
 _CORE = b"\0asm\1\0\0\0"
 _COMPONENT = b"\0asm\x0d\0\1\0"
@@ -34,11 +37,7 @@ def check_bytes(head: bytes, size: int, limit: int = MAX_MODULE_BYTES) -> None:
         RealmError: ``module_too_large`` or ``module_invalid``.
     """
     if size > limit:
-        raise RealmError(
-            "module_too_large",
-            f"the module has {size:,} bytes; at most {limit:,} are taken",
-            details={"limit": limit, "used": size},
-        )
+        raise over("module_bytes", limit, size, "bytes", "module_too_large")
     if head.startswith(_CORE):
         return
     if head.startswith(_COMPONENT):
@@ -62,16 +61,25 @@ def _text(signature: tuple[tuple[str, ...], tuple[str, ...]]) -> str:
     return f"({', '.join(signature[0])}) -> {', '.join(signature[1]) or 'nothing'}"
 
 
-def allowed_imports() -> dict[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...]]]:
-    """(module, name) -> (parameter types, result types) of everything a guest may import."""
+def allowed_imports(wide: bool = False) -> dict[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...]]]:
+    """(module, name) -> (parameter types, result types) of everything a guest may import.
+
+    ``wide`` is for guests with a 64-bit memory. WASI preview 1 has no functions for those.
+    """
     allowed: dict[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...]]] = {
-        (abi.IMPORT_MODULE, f.name): (tuple(abi.wasm_parameters(f)), (f.result,)) for f in abi.FUNCTIONS
+        (abi.IMPORT_MODULE, f.name): (tuple(abi.wasm_parameters(f, wide)), (f.result,)) for f in abi.FUNCTIONS
     }
+    if wide:
+        return allowed
     for name in wasi.SIGNATURES:
         result = wasi.result(name)
         types = tuple("i64" if kind == "u64" else "i32" for kind in wasi.parameters(name))
         allowed[(wasi.IMPORT_MODULE, name)] = (types, () if result is None else (result,))
     return allowed
+
+
+def _is_wide(module: wasmtime.Module) -> bool:
+    return any(isinstance(item.type, wasmtime.MemoryType) and item.type.is_64 for item in module.exports)
 
 
 def check_imports(module: wasmtime.Module) -> list[str]:
@@ -80,14 +88,11 @@ def check_imports(module: wasmtime.Module) -> list[str]:
     Raises:
         RealmError: ``module_import_unknown`` with the list of what may be imported.
     """
-    allowed = allowed_imports()
+    allowed = allowed_imports(_is_wide(module))
     names: list[str] = []
     unknown: list[str] = []
     problems: list[str] = []
-    imports = module.imports
-    if len(imports) > MAX_IMPORTS:
-        raise RealmError("module_invalid", f"the module has {len(imports):,} imports; at most {MAX_IMPORTS:,} are")
-    for item in imports:
+    for item in module.imports:
         name = f"{item.module}.{item.name}"[:200]
         names.append(name)
         wanted = allowed.get((item.module, item.name or ""))
@@ -116,10 +121,7 @@ _OPTIONAL_EXPORTS = {"_initialize": ((), ())}
 
 def check_exports(module: wasmtime.Module) -> None:
     """Raises RealmError ``module_export_missing`` naming each export that lacks or has a wrong type."""
-    exports = module.exports
-    if len(exports) > MAX_EXPORTS:
-        raise RealmError("module_invalid", f"the module has {len(exports):,} exports; at most {MAX_EXPORTS:,} are")
-    found = {item.name: item.type for item in exports}
+    found = {item.name: item.type for item in module.exports}
     missing: list[str] = []
     problems: list[str] = []
     for name, wanted in {**_EXPORTS, **_OPTIONAL_EXPORTS}.items():
@@ -135,6 +137,8 @@ def check_exports(module: wasmtime.Module) -> None:
         missing.append("memory")
         problems.append("the memory must be exported as memory")
     if missing:
+        if "_start" in found and "run" in missing:
+            problems.append("it is a WASI command with _start; build a reactor that exports run instead")
         raise RealmError(
             "module_export_missing",
             f"the module lacks exports that Realm needs: {'; '.join(problems)}",
@@ -149,7 +153,7 @@ def check_version(engine: Engine, module: wasmtime.Module) -> None:
         RealmError: ``module_abi_version`` if it is not ours, ``module_invalid`` if it cannot be asked.
     """
     store = wasmtime.Store(engine.inner)
-    store.set_limits(memory_size=MAX_START_MEMORY, instances=1, memories=1)
+    store.set_limits(memory_size=MAX_START_MEMORY, table_elements=MAX_START_TABLE, instances=1, memories=1)
     store.set_fuel(VERSION_FUEL)
     linker = wasmtime.Linker(engine.inner)
     linker.define_unknown_imports_as_traps(module)

@@ -1,40 +1,44 @@
-"""Checks and compiles guest modules in a child process, and keeps the results.
+"""Has guest modules checked and compiled by a child process, and keeps the results.
 
-Compiling a tenant's module is not bounded by the compiler, so a child does it: with limits on memory
-and processor time, killed when it takes too long, and with next to nothing in its environment. Native
-code comes only from our own children; the cache folder is private to the host's user.
+Compiling a tenant's module is not bounded by the compiler, so a child does it (:mod:`compile_child`):
+with limits on memory and processor time, killed when it takes too long, and with next to nothing in its
+environment. Native code comes only from our own children; the cache folder is private to the host's user.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
+import logging
+import math
 import os
-import resource
-import subprocess
+import signal
 import sys
-import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import wasmtime
+import msgspec
 
 import realm
 from realm.errors import RealmError
-from realm.guests import abi
-from realm.guests.check import MAX_MODULE_BYTES, check_bytes, check_module
-from realm.guests.fiber_types import settings_fingerprint
-from realm.guests.fibers import Engine
+from realm.guests.artifact_cache import ArtifactCache, Entry, Facts
+from realm.guests.check import MAX_MODULE_BYTES, check_bytes
+from realm.guests.compile_child import Answer, compile_bytes
+
+__all__ = ["COMPILE_MEMORY", "COMPILE_SECONDS", "CompiledModule", "compile_bytes", "compile_module"]
+
+log = logging.getLogger("realm.compiler")
 
 COMPILE_SECONDS = 30.0
 """Wall time for one module."""
 COMPILE_MEMORY = 2 << 30
 """Bytes of memory (private, writable) that the child may have."""
 COMPILE_THREADS = 2
-_FORMAT = 1
+_MAX_ANSWER = 4 << 20
+"""Bytes of a child's answer; a thousand imports with long names have less."""
+_MAX_COMPLAINT = 4096
+"""Bytes of a child's standard error that are kept, its last ones."""
 
 
 @dataclass(frozen=True)
@@ -44,115 +48,145 @@ class CompiledModule:
     Attributes:
         sha256: of the ``.wasm``, in hex. size: of the ``.wasm``, in bytes.
         artifact: the compiled file in the cache, for :class:`realm.messages.StartRun`.
+        artifact_sha256: of that file, in hex.
         imports: what it imports, each ``module.name``.
     """
 
     sha256: str
     size: int
     artifact: Path
+    artifact_sha256: str
     imports: list[str]
 
 
 @dataclass(frozen=True)
 class _Job:
-    """One compilation: where the module is and where its results go."""
+    """One compilation: the module, and where its results go."""
 
     wasm: Path
     sha256: str
     size: int
-    artifact: Path
-    facts: Path
+    cache: ArtifactCache
+    entry: Entry
 
-
-def cache_key(sha256: str) -> str:
-    """Name of a module's artifact: changes with content, Wasmtime's version, settings and ABI."""
-    text = f"{_FORMAT};{abi.ABI_VERSION};{sha256};{settings_fingerprint()}"
-    return hashlib.sha256(text.encode()).hexdigest()
+    def compiled(self, facts: Facts) -> CompiledModule:
+        return CompiledModule(self.sha256, self.size, self.entry.artifact, facts.artifact_sha256, facts.imports)
 
 
 def _prepare(wasm: Path, cache: Path, max_bytes: int) -> tuple[_Job, CompiledModule | None]:
     """Hash the module and look it up."""
     try:
-        size = wasm.stat().st_size
         with wasm.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
             check_bytes(file.read(64), size, max_bytes)
             file.seek(0)
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise RealmError("module_invalid", f"the module cannot be read: {error.strerror}") from error
-    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-    cache.chmod(0o700)
-    key = cache_key(sha256)
-    job = _Job(wasm, sha256, size, cache / f"{key}.cwasm", cache / f"{key}.json")
-    return job, _cached(job)
+    artifacts = ArtifactCache(cache)
+    job = _Job(wasm, sha256, size, artifacts, artifacts.entry(sha256))
+    facts = artifacts.find(job.entry)
+    if facts is not None:
+        return job, job.compiled(facts)
+    artifacts.sweep()
+    return job, None
 
 
-def _cached(job: _Job) -> CompiledModule | None:
-    """The module of an earlier compilation, if its artifact is still what was written then."""
-    try:
-        facts = json.loads(job.facts.read_bytes())
-        with job.artifact.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if facts["artifact_sha256"] != digest:
-            return None
-        return CompiledModule(job.sha256, job.size, job.artifact, [str(name) for name in facts["imports"]])
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError):
-        # A damaged entry is made again.
-        return None
-
-
-def _command(job: _Job, output: Path, max_bytes: int) -> tuple[list[str], dict[str, str]]:
+def _command(job: _Job, output: Path, max_bytes: int, seconds: float) -> tuple[list[str], dict[str, str]]:
     roots = [str(Path(realm.__file__).parent.parent), *(p for p in sys.path if p)]
     environment = {
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(roots)),
         "PYTHONDONTWRITEBYTECODE": "1",
         "RAYON_NUM_THREADS": str(COMPILE_THREADS),
+        # A thread of NumPy's would be there before the process is contained, and not be contained.
+        "OPENBLAS_NUM_THREADS": "1",
         "LC_ALL": "C.UTF-8",
     }
-    arguments = [str(job.wasm), job.sha256, str(output), str(max_bytes)]
-    return [sys.executable, "-m", "realm.guests.compiler", *arguments], environment
+    cpu_seconds = math.ceil(seconds * COMPILE_THREADS)
+    limits = [str(value) for value in (max_bytes, COMPILE_MEMORY, cpu_seconds)]
+    arguments = [str(job.wasm), job.sha256, str(output), *limits]
+    # -P: nothing is imported from the folder in which the host was started.
+    return [sys.executable, "-P", "-m", "realm.guests.compile_child", *arguments], environment
 
 
-def _temporary(job: _Job) -> Path:
-    descriptor, name = tempfile.mkstemp(prefix=".new-", dir=job.artifact.parent)
-    os.close(descriptor)
-    return Path(name)
-
-
-def _install(job: _Job, output: Path, status: int, answer: bytes) -> CompiledModule:
-    """Take a child's result in: its error, or the artifact under its final name."""
-    try:
-        result: dict[str, Any] = json.loads(answer)
-    except ValueError:
-        result = {}
-    error = result.get("error")
-    if error:
-        raise RealmError(error["code"], error["message"], details=error["details"])
-    if status != 0 or "imports" not in result:
-        how = f"was ended by signal {-status}" if status < 0 else f"failed with status {status}"
-        raise RealmError(
-            "compile_limit",
-            f"compiling the module {how}; it may use {COMPILE_MEMORY >> 20} MiB of memory and "
-            f"{COMPILE_SECONDS:g} seconds",
-            details={"memory_bytes": COMPILE_MEMORY, "seconds": COMPILE_SECONDS},
-        )
-    facts = {"artifact_sha256": result["artifact_sha256"], "imports": result["imports"]}
-    facts_file = _temporary(job)
-    facts_file.write_text(json.dumps(facts))
-    # The artifact is in place before the facts that vouch for it.
-    output.replace(job.artifact)
-    facts_file.replace(job.facts)
-    return CompiledModule(job.sha256, job.size, job.artifact, list(result["imports"]))
+def _decode(status: int, answer: bytes, complaint: bytes) -> Answer:
+    """What a child that has ended says. Raises its error, or one that says how it ended."""
+    if status == 0:
+        with suppress(msgspec.MsgspecError):
+            result = msgspec.json.decode(answer, type=Answer)
+            if result.error is not None:
+                raise RealmError(result.error.code, result.error.message, details=result.error.details)
+            if result.artifact_sha256:
+                return result
+    if status == -signal.SIGSYS:
+        how = "was ended by the sandbox"
+    elif status < 0:
+        how = f"was ended by signal {-status}"
+    else:
+        how = f"failed with status {status}"
+    log.warning("compiling a module %s: %s", how, complaint.decode("utf-8", "replace").strip() or "no message")
+    raise RealmError(
+        "compile_limit",
+        f"compiling the module {how}; it may use {COMPILE_MEMORY >> 20} MiB of memory and "
+        f"{COMPILE_SECONDS * COMPILE_THREADS:g} seconds of processor time; smaller functions compile faster",
+        details={"memory_bytes": COMPILE_MEMORY, "seconds": COMPILE_SECONDS},
+    )
 
 
 def _too_slow(seconds: float) -> RealmError:
     return RealmError(
         "compile_limit",
-        f"compiling the module took longer than {seconds:g} seconds",
+        f"compiling the module took longer than {seconds:g} seconds; smaller functions compile faster",
         details={"seconds": seconds},
     )
+
+
+async def _read_start(stream: asyncio.StreamReader, most: int) -> bytes | None:
+    """All that comes; None as soon as it is more than ``most`` bytes."""
+    kept = bytearray()
+    while piece := await stream.read(65_536):
+        kept += piece
+        if len(kept) > most:
+            return None
+    return bytes(kept)
+
+
+async def _read_end(stream: asyncio.StreamReader, most: int) -> bytes:
+    """The last ``most`` bytes of all that comes."""
+    kept = b""
+    while piece := await stream.read(65_536):
+        kept = (kept + piece)[-most:]
+    return kept
+
+
+async def _run(command: list[str], environment: dict[str, str], seconds: float) -> tuple[int, bytes, bytes]:
+    """Run a child to its end: its status, its answer, and the end of what it complained about."""
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        env=environment,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert process.stdout is not None and process.stderr is not None
+    complaint = asyncio.create_task(_read_end(process.stderr, _MAX_COMPLAINT))
+    try:
+        async with asyncio.timeout(seconds):
+            answer = await _read_start(process.stdout, _MAX_ANSWER)
+            if answer is None:
+                # More than any answer of ours: nothing it says counts any more.
+                process.kill()
+            status = await process.wait()
+            return status, answer or b"", await complaint
+    except TimeoutError:
+        raise _too_slow(seconds) from None
+    finally:
+        complaint.cancel()
+        if process.returncode is None:
+            with suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
 
 
 async def compile_module(
@@ -165,103 +199,46 @@ async def compile_module(
         cache: folder for artifacts; made, and private to this user.
 
     Raises:
-        RealmError: ``module_*`` or ``compile_limit``.
+        RealmError: ``module_*`` or ``compile_limit``; ``internal`` if the cache cannot be used.
     """
     job, found = await asyncio.to_thread(_prepare, wasm, cache, max_bytes)
     if found is not None:
         return found
-    output = _temporary(job)
+    compiled = await _compile(job, max_bytes, seconds)
+    if compiled is None:
+        # Somebody removed the folder meanwhile. It is only a cache: once more, in a new one.
+        compiled = await _compile(job, max_bytes, seconds)
+    if compiled is None:
+        raise RealmError("internal", f"the cache {cache} is removed while it is in use")
+    return compiled
+
+
+async def _compile(job: _Job, max_bytes: int, seconds: float) -> CompiledModule | None:
+    """Compile in a child; None if the folder for the result is gone."""
+    output = await asyncio.to_thread(job.cache.temporary)
     try:
-        command, environment = _command(job, output, max_bytes)
-        process = await asyncio.create_subprocess_exec(
-            *command,
-            env=environment,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            start_new_session=True,
-        )
-        try:
-            answer, _ = await asyncio.wait_for(process.communicate(), seconds)
-        except TimeoutError:
-            raise _too_slow(seconds) from None
-        finally:
-            if process.returncode is None:
-                with suppress(ProcessLookupError):
-                    process.kill()
-                await process.wait()
-        return await asyncio.to_thread(_install, job, output, process.returncode or 0, answer)
+        command, environment = _command(job, output, max_bytes, seconds)
+        status, answer, complaint = await _run(command, environment, seconds)
+        if not await asyncio.to_thread(output.exists):
+            return None
+        result = _decode(status, answer, complaint)
+        facts = Facts(job.entry.key, result.artifact_sha256, result.imports)
+        await asyncio.to_thread(_install, job, output, facts)
+        return job.compiled(facts)
     finally:
         output.unlink(missing_ok=True)
+
+
+def _install(job: _Job, output: Path, facts: Facts) -> None:
+    try:
+        job.cache.install(job.entry, output, facts)
+    except OSError as error:
+        raise RealmError("internal", f"the compiled module cannot be kept: {error.strerror}") from error
+    job.cache.sweep(job.entry)
 
 
 def compile_module_sync(
     wasm: Path, cache: Path, *, max_bytes: int = MAX_MODULE_BYTES, seconds: float = COMPILE_SECONDS
 ) -> CompiledModule:
     """:func:`compile_module` for callers without an event loop."""
-    job, found = _prepare(wasm, cache, max_bytes)
-    if found is not None:
-        return found
-    output = _temporary(job)
-    try:
-        command, environment = _command(job, output, max_bytes)
-        try:
-            done = subprocess.run(
-                command,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                timeout=seconds,
-                start_new_session=True,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            raise _too_slow(seconds) from None
-        return _install(job, output, done.returncode, done.stdout)
-    finally:
-        output.unlink(missing_ok=True)
-
-
-# --- the child ------------------------------------------------------------------------------------
-
-
-def _limit_self() -> None:
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # DATA counts what is really writable; address space alone is cheap and used for guard regions.
-    resource.setrlimit(resource.RLIMIT_DATA, (COMPILE_MEMORY, COMPILE_MEMORY))
-    cpu = int(COMPILE_SECONDS * COMPILE_THREADS)
-    resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
-
-
-def _compile(wasm: Path, sha256: str, output: Path, max_bytes: int) -> dict[str, Any]:
-    data = wasm.read_bytes()
-    check_bytes(data[:64], len(data), max_bytes)
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise RealmError("module_invalid", "the module changed while it was being read")
-    engine = Engine()
-    try:
-        module = wasmtime.Module(engine.inner, data)
-    except wasmtime.WasmtimeError as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        text = "; ".join(lines)[:500]
-        raise RealmError("module_invalid", f"the module is not valid WebAssembly for Realm: {text}") from None
-    imports = check_module(engine, module)
-    artifact = module.serialize()
-    output.write_bytes(artifact)
-    return {"imports": imports, "artifact_sha256": hashlib.sha256(artifact).hexdigest()}
-
-
-def main(arguments: list[str]) -> int:
-    """Entry of the child: module, its hash, output file, size limit. Answers one JSON object."""
-    _limit_self()
-    wasm, sha256, output, max_bytes = arguments
-    try:
-        result = _compile(Path(wasm), sha256, Path(output), int(max_bytes))
-    except RealmError as error:
-        result = {"error": {"code": error.code, "message": error.message, "details": error.details}}
-    sys.stdout.write(json.dumps(result))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    return asyncio.run(compile_module(wasm, cache, max_bytes=max_bytes, seconds=seconds))

@@ -58,8 +58,9 @@ class Rows(NamedTuple):
     rows: list[tuple[Any, ...]]
 
 
-def value_types(function: abi.Function) -> tuple[ValueType, ...]:
-    """How each WASM parameter of a host function is read."""
+def value_types(function: abi.Function, wide: bool = False) -> tuple[ValueType, ...]:
+    """How each WASM parameter of a host function is read; ``wide`` is for 64-bit memories."""
+    address: ValueType = "u64" if wide else "u32"
     types: list[ValueType] = []
     for p in function.parameters:
         if isinstance(p, abi.Scalar):
@@ -67,9 +68,9 @@ def value_types(function: abi.Function) -> tuple[ValueType, ...]:
         elif isinstance(p, abi.Handle):
             types.append("i32")
         elif isinstance(p, abi.Input | abi.Output | abi.InOut):
-            types += ["u32", "u32"]
+            types += [address, address]
         else:
-            types.append("u32")
+            types.append(address)
     return tuple(types)
 
 

@@ -1,23 +1,32 @@
-"""Host functions whose work is done while the guest waits, off its small stack and between slices."""
+"""What a host function leaves to be done while its guest waits, off the guest's small stack."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any, Concatenate, ParamSpec
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any
 
-from realm.guests.run import GuestRun
+OFFLOAD_FUEL = 4_000_000
+"""Work that is charged more than this (about 1 ms) is left to the helper thread."""
 
-P = ParamSpec("P")
+
+@dataclass(slots=True)
+class Job:
+    """Work in two halves.
+
+    Attributes:
+        fuel: what the guest was charged for it, which is in proportion to the time it takes.
+        work: must touch neither the guest's memory nor what another thread may change: the helper
+            thread may run it.
+        finish: takes what ``work`` gave and gives the host function's result; the owner's thread
+            runs it, and only while the guest still waits.
+    """
+
+    fuel: int
+    work: Callable[[], Any]
+    finish: Callable[[Any], int]
 
 
-def deferred(
-    method: Callable[Concatenate[Any, GuestRun, P], int],
-) -> Callable[Concatenate[Any, GuestRun, P], None]:
-    """Decorates a method: the call is put aside as ``run.job`` and the guest waits for its result."""
-
-    def put_aside(self: Any, run: GuestRun, /, *args: P.args, **kwargs: P.kwargs) -> None:
-        run.job = functools.partial(method, self, run, *args, **kwargs)
-
-    put_aside.__doc__ = method.__doc__
-    return put_aside
+Steps = Generator[None, None, "int | None"]
+"""Work in small steps, each of a slice at most; it returns the host function's result, or None when
+the guest has to wait for the engine."""

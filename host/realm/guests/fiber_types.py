@@ -13,7 +13,11 @@ WASM_STACK: Final = 512 << 10
 HOST_STACK: Final = 512 << 10
 """Stack left for host functions above the WASM frames, in bytes."""
 FUEL_SLICE: Final = 1_000_000
-"""Fuel after which a guest that only computes gives way (about 0.26 ms)."""
+"""Fuel after which a guest that only computes gives way: about 0.26 ms of ordinary code.
+
+Instructions that the kernel makes slow are dearer: touching fresh memory page by page takes some 22 ms
+a slice, until the guest has all the memory it may have.
+"""
 CALLS_A_SLICE: Final = 256
 """Host calls after which a guest that only calls the host gives way (some 0.5 ms)."""
 
@@ -39,7 +43,7 @@ SETTINGS: Final[dict[str, int | bool]] = {
     "wasm_threads": False,
     "shared_memory": False,
     "wasm_multi_memory": False,
-    "wasm_memory64": False,
+    "wasm_memory64": True,
     "wasm_function_references": False,
     "wasm_gc": False,
     "gc_support": False,

@@ -1,4 +1,4 @@
-"""WASM guests as fibers: Wasmtime's async C API in a few small classes. The only file with ctypes.
+"""WASM guests as fibers: Wasmtime's async C API in a few small classes. With :mod:`capi` the only ctypes.
 
 A :class:`Fiber` is one store, one instance and at most one call in flight. :meth:`Fiber.poll` runs
 the guest until it ends, waits inside a host function, or has used up its slice. Nothing here
@@ -21,14 +21,15 @@ import ctypes
 import functools
 import logging
 import struct
-from ctypes import byref, c_bool, c_char_p, c_int64, c_size_t, c_uint8, c_uint64, c_void_p
-from pathlib import Path
+from ctypes import byref, c_uint64, c_void_p
 from typing import Any, Final, Literal
 
 import wasmtime
 from wasmtime import _bindings as raw
 from wasmtime import _ffi as ffi
 
+from realm.guests import capi
+from realm.guests.capi import WINDOW, check
 from realm.guests.fiber_types import (
     CALLS_A_SLICE,
     FUEL_SLICE,
@@ -44,54 +45,12 @@ from realm.guests.memory import Memory
 
 log = logging.getLogger("realm.guests")
 
-# --- memory as the process sees it --------------------------------------------------------------
-
-# All addresses of the process as one buffer: copying through it costs 0.1 us, a third of what
-# ctypes' own functions take. Every use below is with an address from Wasmtime and checked bounds.
-_WINDOW: Final = memoryview((c_uint8 * (1 << 47)).from_address(0)).cast("B")
 _CONTINUATION: Final = struct.Struct("<QQQ")
 _I32_RESULT: Final = struct.Struct("<qi")
 _I64_RESULT: Final = struct.Struct("<qq")
 _POINTER: Final = struct.Struct("<Q")
 _VALUE_FORMAT: Final[dict[str, str]] = {"i32": "8xi20x", "u32": "8xI20x", "i64": "8xq16x", "u64": "8xQ16x"}
 _VALUE_SIZE: Final = ctypes.sizeof(ffi.wasmtime_val_t)
-
-_P, _V = c_void_p, None
-
-
-def _bind(name: str, result: Any, *arguments: Any, quick: bool = False) -> Any:
-    """A C function that takes plain addresses: ctypes makes no object for each, as with typed pointers.
-
-    ``quick`` keeps the interpreter lock: for calls that take nanoseconds and never call back.
-    """
-    prototype = (ctypes.PYFUNCTYPE if quick else ctypes.CFUNCTYPE)(result, *arguments)
-    return prototype((name, ffi.dll))
-
-
-_poll = _bind("wasmtime_call_future_poll", c_bool, _P)
-_delete_future = _bind("wasmtime_call_future_delete", _V, _P)
-_memory_data = _bind("wasmtime_memory_data", _P, _P, _P, quick=True)
-_memory_size = _bind("wasmtime_memory_data_size", c_size_t, _P, _P, quick=True)
-_store_new = _bind("wasmtime_store_new", _P, _P, _P, _P)
-_store_context = _bind("wasmtime_store_context", _P, _P, quick=True)
-_store_delete = _bind("wasmtime_store_delete", _V, _P)
-_store_limiter = _bind("wasmtime_store_limiter", _V, _P, *[c_int64] * 5, quick=True)
-_set_fuel = _bind("wasmtime_context_set_fuel", _P, _P, c_uint64, quick=True)
-_get_fuel = _bind("wasmtime_context_get_fuel", _P, _P, _P, quick=True)
-_yield_interval = _bind("wasmtime_context_fuel_async_yield_interval", _P, _P, c_uint64, quick=True)
-_instantiate = _bind("wasmtime_instance_pre_instantiate_async", _P, *[_P] * 5)
-_instantiate_pre = _bind("wasmtime_linker_instantiate_pre", _P, _P, _P, _P)
-_pre_delete = _bind("wasmtime_instance_pre_delete", _V, _P)
-_module_delete = _bind("wasmtime_module_delete", _V, _P)
-_deserialize_file = _bind("wasmtime_module_deserialize_file", _P, _P, c_char_p, _P)
-_call = _bind("wasmtime_func_call_async", _P, _P, _P, _P, c_size_t, _P, c_size_t, _P, _P)
-_export_get = _bind("wasmtime_instance_export_get", c_bool, _P, _P, c_char_p, c_size_t, _P)
-_caller_export_get = _bind("wasmtime_caller_export_get", c_bool, _P, c_char_p, c_size_t, _P)
-_define_async = _bind("wasmtime_linker_define_async_func", _P, _P, *[c_char_p, c_size_t] * 2, *[_P] * 4)
-_trap_new = _bind("wasmtime_trap_new", _P, c_char_p, c_size_t)
-_trap_delete = _bind("wasm_trap_delete", _V, _P)
-_HostCallback = ctypes.CFUNCTYPE(_V, _P, _P, _P, c_size_t, _P, c_size_t, _P, _P)
-_ResumeCallback = ctypes.CFUNCTYPE(c_bool, _P)
 
 _running: Fiber | None = None
 # KeyboardInterrupt and the like that struck inside a host function: raised again after the poll.
@@ -109,28 +68,8 @@ def _may_resume(_env: int | None) -> bool:
     return True
 
 
-_resume: Final = _ResumeCallback(_may_resume)
+_resume: Final = capi.ResumeCallback(_may_resume)
 _RESUME_ADDRESS: Final = ctypes.cast(_resume, c_void_p).value
-
-
-def _error_text(error: int) -> str:
-    """The message of a ``wasmtime_error_t``, which is then freed."""
-    pointer = ctypes.cast(error, ctypes.POINTER(raw.wasmtime_error_t))
-    text = ffi.wasm_byte_vec_t()
-    raw.wasmtime_error_message(pointer, byref(text))
-    raw.wasmtime_error_delete(pointer)
-    return _take_text(text)
-
-
-def _take_text(text: Any) -> str:
-    value: str = ctypes.string_at(text.data, text.size).decode("utf-8", "replace") if text.size else ""
-    raw.wasm_byte_vec_delete(byref(text))
-    return value.rstrip("\0")
-
-
-def _check(error: int | None) -> None:
-    if error:
-        raise EngineFailure(_error_text(error))
 
 
 # --- engine, linker, module ---------------------------------------------------------------------
@@ -167,23 +106,45 @@ class Linker:
         """Make ``handler`` importable as ``module.name``."""
         types = {"32": wasmtime.ValType.i32, "64": wasmtime.ValType.i64}
         kind = wasmtime.FuncType([types[p[1:]]() for p in parameters], [types[result[1:]]()] if result else [])
-        callback = _HostCallback(_host_function(f"{module}.{name}", parameters, result, handler))
+        callback = capi.HostCallback(_host_function(f"{module}.{name}", parameters, result, handler))
         self._kept.append(callback)
         module_name, function_name = module.encode(), name.encode()
         names = (module_name, len(module_name), function_name, len(function_name))
         code = (ctypes.cast(kind.ptr(), c_void_p), ctypes.cast(callback, c_void_p))
-        _check(_define_async(self.address, *names, *code, None, None))
+        check(capi.define_async(self.address, *names, *code, None, None))
 
-    def load(self, artifact: Path) -> LinkedModule:
-        """Map a compiled module that this host wrote. Never give it a tenant's file."""
-        module = c_void_p()
-        _check(_deserialize_file(self._engine.address, bytes(artifact), byref(module)))
+    def link(self, code: Code) -> LinkedModule:
+        """Resolve a module's imports."""
         pre = c_void_p()
-        try:
-            _check(_instantiate_pre(self.address, module, byref(pre)))
-        finally:
-            _module_delete(module)
+        check(capi.instantiate_pre(self.address, code.address, byref(pre)))
         return LinkedModule(self._engine, self, pre)
+
+
+class Code:
+    """Native code that this host's own compiler wrote; never give it a tenant's bytes.
+
+    Made from bytes, not from a file, so that what was checked is what runs. Any thread may make one.
+
+    Attributes:
+        wide: the module's memory is a 64-bit one.
+    """
+
+    def __init__(self, engine: Engine, artifact: bytes) -> None:
+        self._module = c_void_p()
+        check(capi.deserialize(engine.address, artifact, len(artifact), byref(self._module)))
+        self.wide = capi.has_wide_memory(self._module)
+
+    @property
+    def address(self) -> c_void_p:
+        if not self._module:
+            raise EngineFailure("the code is closed")
+        return self._module
+
+    def close(self) -> None:
+        """Free it; modules that were linked keep what they need. Idempotent."""
+        module, self._module = self._module, c_void_p()
+        if module:
+            capi.module_delete(module)
 
 
 class LinkedModule:
@@ -204,7 +165,7 @@ class LinkedModule:
         """Free it; running guests keep what they need. Idempotent."""
         pre, self._pre = self._pre, c_void_p()
         if pre:
-            _pre_delete(pre)
+            capi.pre_delete(pre)
 
 
 def _host_function(name: str, parameters: tuple[ValueType, ...], result: str | None, handler: Handler) -> Any:
@@ -219,15 +180,15 @@ def _host_function(name: str, parameters: tuple[ValueType, ...], result: str | N
         fiber = _running
         assert fiber is not None
         try:
-            _CONTINUATION.pack_into(_WINDOW, continuation, _RESUME_ADDRESS, 0, 0)
+            _CONTINUATION.pack_into(WINDOW, continuation, _RESUME_ADDRESS, 0, 0)
             if not fiber._memory_at:
                 fiber._find_memory(caller)
-            value = handler(fiber.guest, unpack_from(_WINDOW, args) if some else ())
+            value = handler(fiber.guest, unpack_from(WINDOW, args) if some else ())
             if value is None:
                 fiber.waiting = True
                 fiber._result_at, fiber._result_layout, fiber._result_kind = results, layout, kind
             elif layout is not None:
-                layout.pack_into(_WINDOW, results, kind, value)
+                layout.pack_into(WINDOW, results, kind, value)
             fiber._calls -= 1
             if fiber._calls <= 0:
                 fiber._held = True
@@ -247,7 +208,7 @@ def _host_function(name: str, parameters: tuple[ValueType, ...], result: str | N
 
 def _set_trap(slot: int, text: str) -> None:
     message = text.encode()
-    _POINTER.pack_into(_WINDOW, slot, _trap_new(message, len(message)))
+    _POINTER.pack_into(WINDOW, slot, capi.trap_new(message, len(message)))
 
 
 # --- fibers -------------------------------------------------------------------------------------
@@ -280,7 +241,7 @@ class Fiber:
         self, module: LinkedModule, guest: object, *, fuel: int, memory_bytes: int, table_elements: int
     ) -> None:
         self.guest = guest
-        self.memory = Memory(_WINDOW)
+        self.memory = Memory(WINDOW)
         self.waiting = False
         self.result = 0
         self.exit_code: int | None = None
@@ -295,14 +256,19 @@ class Fiber:
         self._instance = raw.wasmtime_instance_t()
         self._results = (ffi.wasmtime_val_t * 1)()
         self._future: int | None = None
-        self._store: int | None = _store_new(module.engine.address, None, None)
-        self._context: int = _store_context(self._store)
-        _store_limiter(self._store, memory_bytes, table_elements, 1, 16, 1)
-        _check(_set_fuel(self._context, fuel))
-        _check(_yield_interval(self._context, FUEL_SLICE))
-        self._future = _instantiate(
-            module.address, self._context, byref(self._instance), byref(self._trap), byref(self._error)
-        )
+        address = module.address
+        self._store: int | None = capi.store_new(module.engine.address, None, None)
+        self._context: int = capi.store_context(self._store)
+        try:
+            capi.store_limiter(self._store, memory_bytes, table_elements, 1, 16, 1)
+            check(capi.set_fuel(self._context, fuel))
+            check(capi.yield_interval(self._context, FUEL_SLICE))
+            self._future = capi.instantiate(
+                address, self._context, byref(self._instance), byref(self._trap), byref(self._error)
+            )
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def closed(self) -> bool:
@@ -319,11 +285,13 @@ class Fiber:
             return FiberState.WAITING
         if self._future is None:
             raise EngineFailure("the fiber has ended")
+        if _running is not None:
+            raise EngineFailure("a guest cannot be run from inside a host function")
         self._calls = CALLS_A_SLICE
         while True:
             _running = self
             try:
-                done = _poll(self._future)
+                done = capi.poll(self._future)
             finally:
                 _running = None
             if _struck is not None:
@@ -340,19 +308,19 @@ class Fiber:
         if not self.waiting:
             raise EngineFailure("the fiber is not waiting")
         if self._result_layout is not None:
-            self._result_layout.pack_into(_WINDOW, self._result_at, self._result_kind, value)
+            self._result_layout.pack_into(WINDOW, self._result_at, self._result_kind, value)
         self.waiting = False
 
     @property
     def fuel(self) -> int:
         """Fuel that is left."""
         fuel = c_uint64()
-        _check(_get_fuel(self._open(), byref(fuel)))
+        check(capi.get_fuel(self._open(), byref(fuel)))
         return fuel.value
 
     @fuel.setter
     def fuel(self, value: int) -> None:
-        _check(_set_fuel(self._open(), value))
+        check(capi.set_fuel(self._open(), value))
 
     def _open(self) -> int:
         if self._store is None:
@@ -371,12 +339,12 @@ class Fiber:
         future, self._future = self._future, None
         if future:
             # Unwinds a suspended guest's stack.
-            _delete_future(future)
+            capi.delete_future(future)
         store, self._store = self._store, None
         if store:
             self._final_bytes = self.memory.size
             self.memory.detach()
-            _store_delete(store)
+            capi.store_delete(store)
         self.waiting = False
         self._drop_trap()
 
@@ -385,7 +353,7 @@ class Fiber:
     def _find_memory(self, caller: int) -> None:
         """A start function calls the host before the instance is known out here."""
         export = raw.wasmtime_extern_t()
-        if _caller_export_get(caller, b"memory", 6, byref(export)):
+        if capi.caller_export_get(caller, b"memory", 6, byref(export)):
             self._keep_memory(export)
 
     def _keep_memory(self, export: Any) -> None:
@@ -394,13 +362,13 @@ class Fiber:
             return
         self._memory_export = export
         self._memory_at = ctypes.addressof(export.of)
-        base = _memory_data(self._context, self._memory_at) or 0
-        self.memory.attach(base, functools.partial(_memory_size, self._context, self._memory_at))
+        base = capi.memory_data(self._context, self._memory_at) or 0
+        self.memory.attach(base, functools.partial(capi.memory_size, self._context, self._memory_at))
 
     def _phase_over(self) -> FiberState | None:
         """A call has ended: begin the next one (None), or say how the guest ended."""
         if self._future:
-            _delete_future(self._future)
+            capi.delete_future(self._future)
             self._future = None
         if self._trap or self._error:
             return self._ended_badly()
@@ -423,7 +391,7 @@ class Fiber:
 
     def _exported(self, name: bytes) -> Any:
         export = raw.wasmtime_extern_t()
-        if not _export_get(self._context, byref(self._instance), name, len(name), byref(export)):
+        if not capi.export_get(self._context, byref(self._instance), name, len(name), byref(export)):
             return None
         return export
 
@@ -436,7 +404,7 @@ class Fiber:
             return False
         self._export = export
         function, ends = ctypes.addressof(export.of), (byref(self._trap), byref(self._error))
-        self._future = _call(self._context, function, None, 0, self._results, results, *ends)
+        self._future = capi.call(self._context, function, None, 0, self._results, results, *ends)
         return True
 
     def _ended_badly(self) -> FiberState:
@@ -445,11 +413,14 @@ class Fiber:
             self._drop_trap()
             return FiberState.DONE
         if self._trap.value:
-            self.trap = _trap_info(self._trap.value)
+            self.trap = capi.trap_info(self._trap.value, "start" if self._phase == "instantiate" else self._phase)
         else:
-            message = _error_text(self._error.value or 0)
+            message = capi.error_text(self._error.value or 0)
             self._error = c_void_p()
             kind = "memory_limit" if "limit" in message else "instantiation"
+            if "mmap failed" in message or "os error 12" in message:
+                # ENOMEM: the process has no mapping or memory left for a stack or a guest's memory.
+                kind = "no_room"
             self.trap = TrapInfo(kind, message.splitlines()[0] if message else "the module cannot be started")
         self._drop_trap()
         return FiberState.TRAPPED
@@ -457,41 +428,7 @@ class Fiber:
     def _drop_trap(self) -> None:
         trap, self._trap = self._trap, c_void_p()
         if trap:
-            _trap_delete(trap)
+            capi.trap_delete(trap)
         error, self._error = self._error, c_void_p()
         if error.value:
-            _error_text(error.value)
-
-
-_MAX_FRAMES: Final = 32
-_MAX_NAME: Final = 200
-_TRAP_KINDS: Final[dict[int, str]] = {
-    code.value: code.name.removeprefix("WASMTIME_TRAP_CODE_").removeprefix("WASMTIME_TRAP_").lower()
-    for code in raw.wasmtime_trap_code_enum
-}
-
-
-def _trap_info(address: int) -> TrapInfo:
-    trap = ctypes.cast(address, ctypes.POINTER(raw.wasm_trap_t))
-    code = c_uint8()
-    kind = _TRAP_KINDS.get(code.value, "unknown") if raw.wasmtime_trap_code(trap, byref(code)) else "host"
-    text = ffi.wasm_byte_vec_t()
-    raw.wasm_trap_message(trap, byref(text))
-    message = _take_text(text).strip()
-    # Wasmtime writes a backtrace in front of the cause; the frames are given separately.
-    message = message.rpartition("Caused by:")[2].strip() or message
-    frames = raw.wasm_frame_vec_t()
-    raw.wasm_trap_trace(trap, byref(frames))
-    names = tuple(_frame_text(frames.data[at]) for at in range(min(frames.size, _MAX_FRAMES)))
-    raw.wasm_frame_vec_delete(byref(frames))
-    return TrapInfo(kind, message.removeprefix("wasm trap: ")[:500], names)
-
-
-def _frame_text(frame: Any) -> str:
-    index = raw.wasm_frame_func_index(frame)
-    offset = raw.wasm_frame_module_offset(frame)
-    name = raw.wasmtime_frame_func_name(frame)
-    label = f"function {index}"
-    if name:
-        label = ctypes.string_at(name.contents.data, name.contents.size).decode("utf-8", "replace")[:_MAX_NAME]
-    return f"{label} (0x{offset:x})"
+            capi.error_text(error.value)

@@ -2,24 +2,26 @@
 
 Arguments are decoded and checked by :mod:`decoding` before a method sees them. A method returns the
 result, raises :class:`~realm.guests.decoding.Refused` for an error code, or returns None when the
-guest has to wait: for the engine, the store, the client, or work that is :func:`deferred` because it
-needs more stack or time than a guest's fiber should give.
+guest has to wait: for the engine, the store, the client, or work (:mod:`deferral`) that needs more
+stack or time than a guest's fiber should give.
 """
 
 from __future__ import annotations
 
 from realm.guests import abi, wasi
 from realm.guests.abi import ErrorCode
+from realm.guests.calls_batch import BatchCalls
+from realm.guests.calls_logits import LogitsCalls
 from realm.guests.calls_model import ModelCalls
 from realm.guests.calls_session import SessionCalls
 from realm.guests.calls_text import TextCalls
 from realm.guests.decoding import compile_steps, value_types
 from realm.guests.fiber_types import Handler
-from realm.guests.fibers import Engine, Linker
+from realm.guests.fibers import Code, Engine, LinkedModule, Linker
 from realm.guests.run import HOST_CALL_FUEL, GuestRun
 
 
-class HostCalls(ModelCalls, TextCalls, SessionCalls):
+class HostCalls(ModelCalls, BatchCalls, LogitsCalls, TextCalls, SessionCalls):
     """All host functions of ABI version 1."""
 
 
@@ -47,24 +49,37 @@ def make_handler(function: abi.Function, calls: HostCalls) -> Handler:
     return handler
 
 
-def define_host_functions(linker: Linker) -> None:
-    """Make every function of the table importable from module ``realm``."""
+def define_host_functions(linker: Linker, wide: bool = False) -> None:
+    """Make every function of the table importable from module ``realm``; ``wide`` for 64-bit memories."""
     calls = HostCalls()
     for function in abi.FUNCTIONS:
         handler = make_handler(function, calls)
-        linker.define(abi.IMPORT_MODULE, function.name, value_types(function), function.result, handler)
+        linker.define(abi.IMPORT_MODULE, function.name, value_types(function, wide), function.result, handler)
 
 
-_shared: tuple[Engine, Linker] | None = None
+class HostLinkers:
+    """The host functions for both widths of memory; the module's own memory says which it gets.
+
+    WASI has no signatures for 64-bit memories, so such guests do without.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._narrow, self._wide = Linker(engine), Linker(engine)
+        define_host_functions(self._narrow)
+        wasi.define_wasi(self._narrow)
+        define_host_functions(self._wide, wide=True)
+
+    def link(self, code: Code) -> LinkedModule:
+        return (self._wide if code.wide else self._narrow).link(code)
 
 
-def shared_linker() -> Linker:
+_shared: HostLinkers | None = None
+
+
+def shared_linkers() -> HostLinkers:
     """The process's engine with all host functions; made once, because defining them takes milliseconds."""
     global _shared
     if _shared is None:
-        engine = Engine()
-        linker = Linker(engine)
-        define_host_functions(linker)
-        wasi.define_wasi(linker)
-        _shared = (engine, linker)
-    return _shared[1]
+        _shared = HostLinkers(Engine())
+    return _shared

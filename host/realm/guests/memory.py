@@ -57,7 +57,7 @@ class Memory:
         base = self._base
         return self._window[base + pointer : base + end].tobytes()
 
-    def write(self, pointer: int, data: bytes) -> None:
+    def write(self, pointer: int, data: bytes | memoryview) -> None:
         """Copy all of ``data`` to ``pointer``."""
         end = pointer + len(data)
         if pointer < 0 or (end > self._size and end > self.size):

@@ -11,20 +11,36 @@ from typing import TYPE_CHECKING, Any
 from realm.errors import RealmError
 from realm.guests.abi import ErrorCode
 from realm.guests.decoding import Refused
-from realm.guests.draws import random_bits
+from realm.guests.deferral import Job, Steps
+from realm.guests.draws import random_bits, random_block
 from realm.guests.facts import TextStream
 from realm.guests.fibers import Fiber
+from realm.guests.helper import Ticket
 from realm.guests.memory import Memory
 from realm.guests.sequences import GuestSequence
-from realm.messages import EngineOp, EngineResult, Log, OpenSequence, Output, StartRun, StoreReply, Usage, WorkerEvent
+from realm.messages import (
+    EngineOp,
+    EngineResult,
+    LimitMet,
+    Log,
+    OpenSequence,
+    Output,
+    StartRun,
+    StoreReply,
+    Usage,
+    WorkerEvent,
+)
 
 if TYPE_CHECKING:
     from realm.guests.runtime import GuestRuntime
+    from realm.guests.tenants import Tenant
 
 log = logging.getLogger("realm.guests")
 
-HOST_CALL_FUEL = 1_000
-"""What each host call costs besides the guest's own instructions."""
+HOST_CALL_FUEL = 5_000
+"""What each host call costs besides the guest's own instructions: 1.3 us, about what it takes."""
+LOG_LINE_BYTES = 64
+"""What each line takes of a run's log besides its text, so that empty lines have an end too."""
 MAX_WARNINGS = 64
 """Lines that the host writes to a run's log about its mistakes."""
 MAX_INBOX = 4 << 20
@@ -57,23 +73,32 @@ class GuestRun:
         sequences: by handle. Handles count up from 1 and are never used twice.
         calls, store_calls: numbers of the calls to engine and store that the guest waits for.
         on_wake: what to do when data, credit or a time-out ends the wait (recv and emit).
-        job: work that a host function left to be done off the guest's stack.
+        job: work that a host function left to be done off the guest's stack; ``ticket`` while the
+            helper has it.
         debt: fuel owed for host calls, not yet taken from the fiber.
-        limit: name of the limit that refused something last, with what was used.
+        counted: the fiber's fuel up to which the tenant's rate has been charged.
+        limit: the limit that refused something last.
+        unread: bytes that its ``streams`` keep until the guest has room for them.
+        place: which of the tenant's queues it waits in, or -1; ``slices`` are left to it before it
+            has to queue with those that only compute.
+        held_since: since when it waits for its tenant's fuel rate, or None.
     """
 
     __slots__ = (
         "_log_left",
+        "_memory_short",
         "_ordinals",
         "_randoms",
         "_warnings",
         "calls",
         "closed_input",
         "closing",
+        "counted",
         "credit",
         "deadline",
         "debt",
         "fiber",
+        "held_since",
         "inbox",
         "inbox_bytes",
         "job",
@@ -84,23 +109,28 @@ class GuestRun:
         "on_wake",
         "outbox",
         "output_left",
-        "queued",
+        "place",
         "runtime",
         "sampling_cache",
         "sequences",
+        "slices",
         "start",
         "started",
         "store_calls",
         "streams",
+        "tenant",
+        "ticket",
         "timer",
         "tokens_left",
+        "unread",
         "usage",
         "wasi_lines",
     )
 
-    def __init__(self, start: StartRun, runtime: GuestRuntime, now: float) -> None:
+    def __init__(self, start: StartRun, runtime: GuestRuntime, tenant: Tenant, now: float) -> None:
         self.start = start
         self.runtime = runtime
+        self.tenant = tenant
         self.started = now
         self.fiber: Fiber | None = None
         self.memory = Memory()
@@ -108,28 +138,34 @@ class GuestRun:
         self.calls: list[int] = []
         self.store_calls: set[int] = set()
         self.on_wake: Callable[[bool], int | None] | None = None
-        self.job: Callable[[], int] | None = None
+        self.job: Job | Steps | None = None
+        self.ticket: Ticket | None = None
         self.inbox: deque[bytes] = deque()
         self.inbox_bytes = 0
-        self.outbox = b""
+        self.outbox = memoryview(b"")
         self.credit = start.credit
         self.closed_input = False
         self.closing: str | None = None
-        self.queued = False
+        self.place = -1
+        self.slices = 0
+        self.held_since: float | None = None
         self.deadline = now + start.limits.wall_seconds
         self.timer = 0
         self.debt = 0
+        self.counted = start.limits.fuel
         self.last_call = ""
         self.last_error = ""
-        self.limit: tuple[str, int, int] | None = None
+        self.limit: LimitMet | None = None
         self.tokens_left = start.limits.tokens
         self.output_left = start.limits.output_bytes
         self.streams: dict[int, DetokenizeStream] = {}
+        self.unread = 0
         self.sampling_cache: tuple[Any, Any] | None = None
         self.usage = Usage()
         self.wasi_lines: dict[int, bytes] = {}
         self._log_left = start.limits.log_bytes
         self._warnings = 0
+        self._memory_short = False
         self._ordinals = 0
         self._randoms = 0
 
@@ -137,6 +173,21 @@ class GuestRun:
         """The fiber that runs this guest, made once."""
         self.fiber = fiber
         self.memory = fiber.memory
+
+    @property
+    def memory_held(self) -> int:
+        """Bytes of its memory; 0 before it has one."""
+        return 0 if self.fiber is None else self.fiber.memory_bytes
+
+    def held(self, now: float) -> float:
+        """Seconds for which it was held back because of its tenant's fuel rate."""
+        return self.usage.throttled_seconds + (0.0 if self.held_since is None else now - self.held_since)
+
+    def forget(self) -> None:
+        """The run is over: let go of all that it kept."""
+        for kept in (self.calls, self.store_calls, self.sequences, self.streams, self.inbox):
+            kept.clear()
+        self.outbox = memoryview(b"")
 
     # --- what host functions use ------------------------------------------------------------------
 
@@ -163,9 +214,17 @@ class GuestRun:
         """Bill fuel for work that the host does for the guest."""
         self.debt += units
 
+    def fuel_used(self) -> int:
+        return 0 if self.fiber is None else self.start.limits.fuel - self.fuel_left()
+
+    def work(self, fuel: int, work: Callable[[], Any], finish: Callable[[Any], int]) -> None:
+        """Let the guest wait for work that costs ``fuel``; see :class:`Job`."""
+        self.debt += fuel
+        self.job = Job(fuel, work, finish)
+
     def refuse_limit(self, name: str, limit: int, used: int, text: str) -> Refused:
-        """The refusal that says which limit is met."""
-        self.limit = (name, limit, used)
+        """The refusal that says which limit (of :class:`realm.limits.TenantLimits`) is met."""
+        self.limit = LimitMet(name, limit, used)
         return Refused(ErrorCode.LIMIT, f"{text} (limit {limit:,}, used {used:,})")
 
     def next_random(self) -> int:
@@ -173,7 +232,11 @@ class GuestRun:
         return random_bits(self.start.seed, self._randoms)
 
     def random_bytes(self, size: int) -> bytes:
-        return b"".join((self.next_random() >> 7).to_bytes(7, "little") for _ in range(-(-size // 7)))[:size]
+        """The same bytes that so many calls of :meth:`next_random` would give, seven from each."""
+        count = -(-size // 7)
+        first = self._randoms + 1
+        self._randoms += count
+        return random_block(self.start.seed, first, count)[:size]
 
     def add_sequence(self, sequence: GuestSequence) -> int:
         """Put it under a handle, which counts up and is never used again."""
@@ -188,7 +251,7 @@ class GuestRun:
         """
         most = self.start.limits.sequences
         if len(self.sequences) >= most:
-            raise self.refuse_limit("sequences", most, len(self.sequences), "no more sequences")
+            raise self.refuse_limit("sequences_per_run", most, len(self.sequences), "no more sequences")
         self._ordinals += 1
         engine_id = self.runtime.new_sequence_id()
         if parent is not None:
@@ -212,16 +275,22 @@ class GuestRun:
 
     def write_log(self, level: str, text: str) -> bool:
         """A line of the guest; False if the run's log is full."""
-        size = len(text.encode())
+        size = len(text.encode()) + LOG_LINE_BYTES
         if size > self._log_left:
             if self._log_left >= 0:
-                self._log_left = -1
                 limit = self.start.limits.log_bytes
+                self.limit = LimitMet("log_bytes_per_run", limit, limit - self._log_left)
+                self._log_left = -1
                 self.event(Log(self.start.run, "warning", f"the log is full ({limit:,} bytes); nothing more is kept"))
             return False
         self._log_left -= size
         self.event(Log(self.start.run, level, text))
         return True
+
+    @property
+    def log_full(self) -> bool:
+        """Nothing more is kept."""
+        return self._log_left < 0
 
     def warn(self, text: str) -> None:
         """A line of the host about a mistake of the guest; only so many a run."""
@@ -241,7 +310,15 @@ class GuestRun:
         if isinstance(error, RealmError):
             self.warn(f"{name}: {error.message}")
             return int(_CODES.get(error.code, ErrorCode.INTERNAL))
+        if isinstance(error, MemoryError):
+            if not self._memory_short:
+                self._memory_short = True
+                log.error("run %d: host function %s: the worker's memory is used up", self.start.run, name)
+            self.warn(f"{name}: the worker's memory is used up")
+            return int(ErrorCode.INTERNAL)
         correlation = secrets.token_hex(6)
-        log.exception("run %d: host function %s failed [%s]", self.start.run, name, correlation)
+        if self._warnings < MAX_WARNINGS:
+            # No more than the run's log is told of: a guest that finds a defect must not fill the host's disk.
+            log.exception("run %d: host function %s failed [%s]", self.start.run, name, correlation)
         self.warn(f"{name}: the host failed; its log has the cause under {correlation}")
         return int(ErrorCode.INTERNAL)

@@ -1,29 +1,34 @@
-"""All guests of one worker, as a polled object: messages in, turns out. No sockets, no threads.
+"""All guests of one worker, as a polled object: messages in, turns out. No sockets.
 
-A turn runs either the guests that the engine has just answered (all of them, so that their next
-calls reach the engine together) or, when there are none, a few slices of the others.
+A turn first takes in what has become ready. If the engine or the helper has answered guests, it runs
+those: each for a slice at most, so that the short turns of all are over and their next calls reach
+the engine together, and then those that need more. Otherwise it gives a few slices to the others.
+Which tenant's guest is next, and who may run at all, is decided in :mod:`tenants`.
+
+Guests that only compute get nothing in a turn with answered ones, but are never passed over for
+longer than :data:`~realm.guests.slices.OTHERS_SECONDS`. See :mod:`slices` for how both are bounded.
 """
 
 from __future__ import annotations
 
 import gc
-import heapq
 import logging
 import secrets
 import sys
 import time
-from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from realm.guests import wasi
-from realm.guests.abi import ErrorCode
+from realm.guests import reports, wasi
 from realm.guests.facts import ModelFacts, TokenizerLike
-from realm.guests.fiber_types import FUEL_SLICE, EngineFailure, FiberState, TrapInfo
-from realm.guests.fibers import Fiber, LinkedModule
-from realm.guests.hostcalls import shared_linker
+from realm.guests.fiber_types import EngineFailure, TrapInfo
+from realm.guests.fibers import Fiber
+from realm.guests.helper import Helper, InlineHelper
 from realm.guests.run import MAX_INBOX, Completion, GuestRun, StoreCompletion
+from realm.guests.slices import WOKEN_SLICES, Slices
+from realm.guests.starting import Starter
+from realm.guests.tenants import READY, Schedule
+from realm.guests.timers import Timers
 from realm.messages import (
     CancelRun,
     ClientMessage,
@@ -35,19 +40,15 @@ from realm.messages import (
     RunFinished,
     StartRun,
     StoreReply,
+    TenantShare,
     WorkerEvent,
 )
 
 log = logging.getLogger("realm.guests")
 
-WOKEN_SECONDS = 0.002
-WOKEN_SLICES = 16
-"""How long a guest that the engine answered may compute before it has to queue up with the others."""
-TURN_SECONDS = 0.001
-TURN_SLICES = 16
-"""How much one turn gives to the others before the links are looked at again."""
-MODULES_KEPT = 64
-"""Loaded modules that are kept for their next run."""
+MAX_RUNS = 10_000
+"""Runs at a time. Each guest takes five memory mappings, and Linux gives a process 65,530 of them:
+beyond that no guest could grow its memory either."""
 
 
 @dataclass(slots=True)
@@ -57,7 +58,8 @@ class Turn:
     Attributes:
         ops: for the engine, in order. events: for the gateway, in order.
         busy: some guest wants to run on: take another turn soon.
-        deadline: :func:`time.monotonic` time at which a time-out is due, or None.
+        deadline: :func:`time.monotonic` time at which a time-out is due or a tenant held back for its
+            fuel rate may go on, or None.
     """
 
     ops: list[EngineOp] = field(default_factory=list)
@@ -71,7 +73,8 @@ class GuestRuntime:
 
     Args:
         worker: the worker's number; sequences are numbered ``(worker << 40) | counter``.
-        clock: monotonic seconds. wall_clock: seconds since 1970.
+        clock: monotonic seconds. wall_clock: seconds since 1970. cpu_clock: processor seconds of this thread.
+        helper: does work that takes too long; closed by its maker.
     """
 
     def __init__(
@@ -82,24 +85,24 @@ class GuestRuntime:
         *,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
+        cpu_clock: Callable[[], float] = time.thread_time,
+        helper: Helper | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.facts = facts
         self.clock = clock
         self.wall_clock = wall_clock
+        self.cpu_clock = cpu_clock
+        self.helper: Helper = InlineHelper() if helper is None else helper
         self.ops: list[EngineOp] = []
         self.events: list[WorkerEvent] = []
-        self._linker = shared_linker()
-        self._modules: OrderedDict[str, LinkedModule] = OrderedDict()
+        self.schedule = Schedule()
+        self.slices = Slices(self)
+        self._starter = Starter(self)
+        self._timers = Timers()
         self._runs: dict[int, GuestRun] = {}
         self._calls: dict[int, tuple[GuestRun, Completion]] = {}
         self._store_calls: dict[int, tuple[GuestRun, StoreCompletion]] = {}
-        self._woken: deque[GuestRun] = deque()
-        self._ready: deque[GuestRun] = deque()
-        self._spinning: deque[GuestRun] = deque()
-        # (time, number, run); an entry counts only while it is the run's timer.
-        self._timers: list[tuple[float, int, GuestRun]] = []
-        self._timer_number = 0
         self._call_number = 0
         self._sequence_number = worker << 40
 
@@ -119,34 +122,59 @@ class GuestRuntime:
         """End all runs as cancelled and free the modules. The last events are in the next turn."""
         for run in list(self._runs.values()):
             self._finish(run, "cancelled", 0, None)
-        while self._modules:
-            self._modules.popitem()[1].close()
+        self._starter.close()
+
+    def check(self) -> None:
+        """Raise AssertionError unless all that is kept belongs to a run that goes on. For tests."""
+        runs = set(self._runs.values())
+        self.schedule.check()
+        for calls in (self._calls, self._store_calls):
+            for number, (run, _) in calls.items():
+                assert run in runs, "a call outlives its run"
+                assert number in run.calls or number in run.store_calls, "a call is nobody's"
+        tickets = {run.ticket for run in runs if run.ticket is not None}
+        assert tickets <= set(self.slices.jobs), "a run waits for a job that is not there"
+        assert len(self.slices.jobs) == len(tickets) + self._starter.loading, "a job outlives its run"
+        assert self._timers.runs <= runs, "a timer outlives its run"
+        assert sum(tenant.runs for tenant in self.schedule.tenants) == len(runs), "a tenant's runs are miscounted"
+        starting = self._starter.waiting
+        assert starting <= runs, "a module is loaded for a run that has ended"
+        assert all((run.fiber is None) == (run in starting) for run in runs), "a run without a fiber"
+
+    def relieve(self, limit: int) -> None:
+        """The process nears its ceiling: end the largest run of the tenant that holds most memory.
+
+        ``limit`` is to how many bytes all guests together may bring the process.
+        """
+        held: dict[str, int] = {}
+        largest: dict[str, GuestRun] = {}
+        for run in self._runs.values():
+            name, size = run.tenant.name, run.memory_held
+            held[name] = held.get(name, 0) + size
+            if name not in largest or size > largest[name].memory_held:
+                largest[name] = run
+        if held:
+            name = max(held, key=lambda tenant: held[tenant])
+            self.fail(largest[name], reports.crowded(largest[name], limit, held[name]))
 
     # --- messages ---------------------------------------------------------------------------------
 
     def start(self, message: StartRun) -> None:
         """Start a guest; it runs from the next turn on. Failures are its ``RunFinished``."""
-        run = GuestRun(message, self, self.clock())
         if message.run in self._runs:
             raise ValueError(f"run {message.run} is running already")
+        now = self.clock()
+        run = GuestRun(message, self, self.schedule.enter(message.tenant, now), now)
         self._runs[message.run] = run
-        limits = message.limits
-        try:
-            module = self._module(message.artifact)
-            run.attach(
-                Fiber(
-                    module,
-                    run,
-                    fuel=limits.fuel,
-                    memory_bytes=limits.memory_bytes,
-                    table_elements=limits.table_elements,
-                )
-            )
-        except (EngineFailure, OSError):
-            self._fail_internal(run, "the compiled module cannot be loaded")
+        if len(self._runs) > MAX_RUNS:
+            self.fail(run, reports.busy(f"this worker runs {MAX_RUNS:,} guests already"))
             return
-        self._set_timer(run, run.deadline)
-        self._enqueue(run, self._ready)
+        self._set_timer(run, self._first_deadline(run))
+        self._starter.begin(run)
+
+    def share(self, message: TenantShare) -> None:
+        """A tenant's fuel rate in this worker."""
+        self.schedule.share(message.tenant, message.fuel_per_second, self.clock())
 
     def cancel(self, message: CancelRun) -> None:
         """End a run. A guest inside ``recv`` or ``emit`` gets CLOSED and one slice to say good-bye."""
@@ -157,7 +185,7 @@ class GuestRuntime:
         if run.on_wake is not None:
             self._wake(run, late=False)
             if run.fiber is not None and not run.fiber.waiting:
-                self._advance(run, slices=1)
+                self.slices.advance(run)
         if message.run in self._runs:
             self._finish(run, "cancelled", 0, None)
 
@@ -195,11 +223,11 @@ class GuestRuntime:
             return
         run, completion = entry
         run.store_calls.discard(message.call)
-        self._answer(run, lambda: completion(message), self._ready)
+        self.answer(run, lambda: completion(message), READY)
 
     def deliver(self, reply: EngineReply) -> None:
         """The engine's results; those for finished runs are dropped."""
-        calls, woken = self._calls, self._woken
+        calls, push = self._calls, self.schedule.woken.push
         for result in reply.results:
             entry = calls.pop(result.call, None)
             if entry is None:
@@ -215,101 +243,34 @@ class GuestRuntime:
             if value is not None:
                 # The guest waits in one host function at a time: all its calls are answered now.
                 run.calls.clear()
+                run.slices = WOKEN_SLICES
                 run.fiber.resume(value)  # type: ignore[union-attr]
-                if not run.queued:
-                    run.queued = True
-                    woken.append(run)
+                if run.place < 0:
+                    push(run)
 
     # --- turns ------------------------------------------------------------------------------------
 
     def turn(self, now: float) -> Turn:
         """Let guests run; see the module's description. ``now`` is :meth:`clock` time."""
+        schedule = self.schedule
         self._expire(now)
-        if self._woken:
-            woken, self._woken = self._woken, deque()
-            for run in woken:
-                run.queued = False
-                self._advance(run, WOKEN_SLICES)
-        elif self._ready or self._spinning:
-            self._slices()
-        turn = Turn(
-            self.ops,
-            self.events,
-            bool(self._ready or self._spinning or self._woken),
-            self._timers[0][0] if self._timers else None,
-        )
+        schedule.release(now)
+        if self.slices.jobs:
+            self.slices.collect()
+        if schedule.woken or schedule.long:
+            self.slices.answered(now)
+        elif schedule.ready or schedule.spinning:
+            self.slices.others(now)
+        deadline = self._timers.next
+        release = schedule.next_release
+        if release is not None and (deadline is None or release < deadline):
+            deadline = release
+        busy = schedule.runnable or bool(self.slices.jobs and self.helper.immediate)
+        turn = Turn(self.ops, self.events, busy, deadline)
         self.ops, self.events = [], []
         return turn
 
-    def _slices(self) -> None:
-        """Guests that were started or answered first, then one that spins, until the time is over."""
-        end = self.clock() + TURN_SECONDS
-        slices = 0
-        while self._ready or self._spinning:
-            for queue in (self._ready, self._spinning):
-                if queue:
-                    run = queue.popleft()
-                    run.queued = False
-                    self._advance(run, slices=1)
-                    slices += 1
-            if slices >= TURN_SLICES or self.clock() >= end:
-                return
-
-    def _advance(self, run: GuestRun, slices: int) -> None:
-        """Poll a guest until it waits for something outside, ends, or has had its share."""
-        fiber = run.fiber
-        if fiber is None:
-            return
-        end = 0.0
-        while True:
-            try:
-                state = fiber.poll()
-            except EngineFailure:
-                self._fail_internal(run, "the guest cannot be run")
-                return
-            if run.debt >= FUEL_SLICE and not self._settle(run, fiber):
-                return
-            if state is FiberState.WAITING:
-                if run.job is None:
-                    return
-                job, run.job = run.job, None
-                try:
-                    value = job()
-                except Exception as error:
-                    value = run.failed(run.last_call, error)
-                fiber.resume(value)
-            elif state is FiberState.DONE:
-                self._returned(run, fiber.result)
-                return
-            elif state is FiberState.TRAPPED:
-                self._trapped(run, fiber)
-                return
-            slices -= 1
-            if slices > 0:
-                now = self.clock()
-                end = end or now + WOKEN_SECONDS
-                if now < end:
-                    continue
-            self._enqueue(run, self._spinning)
-            return
-
-    def _settle(self, run: GuestRun, fiber: Fiber) -> bool:
-        """Take the fuel owed for host calls; False if that was the last of it."""
-        if fiber.trap is not None or fiber.exit_code is not None:
-            return True
-        left = fiber.fuel - run.debt
-        if left <= 0:
-            self._fail_fuel(run)
-            return False
-        fiber.fuel, run.debt = left, 0
-        return True
-
-    def _enqueue(self, run: GuestRun, queue: deque[GuestRun]) -> None:
-        if not run.queued:
-            run.queued = True
-            queue.append(run)
-
-    def _answer(self, run: GuestRun, work: Callable[[], int | None], queue: deque[GuestRun]) -> None:
+    def answer(self, run: GuestRun, work: Callable[[], int | None], place: int) -> None:
         """Resume a waiting guest with what ``work`` gives, unless that is None."""
         try:
             value = work()
@@ -317,12 +278,12 @@ class GuestRuntime:
             value = run.failed(run.last_call, error)
         if value is not None and run.fiber is not None:
             run.fiber.resume(value)
-            self._enqueue(run, queue)
+            self.schedule.push(run, place)
 
     def _wake(self, run: GuestRun, *, late: bool) -> None:
         on_wake = run.on_wake
         if on_wake is not None:
-            self._answer(run, lambda: on_wake(late), self._ready)
+            self.answer(run, lambda: on_wake(late), READY)
 
     # --- numbers and timers -----------------------------------------------------------------------
 
@@ -347,129 +308,93 @@ class GuestRuntime:
         self._set_timer(run, min(when, run.deadline))
 
     def _set_timer(self, run: GuestRun, when: float) -> None:
-        self._timer_number = number = self._timer_number + 1
-        run.timer = number
-        heapq.heappush(self._timers, (when, number, run))
-        if len(self._timers) > 64 + 4 * len(self._runs):
-            # Entries of finished runs and past waits: drop them once they are the most.
-            self._timers = [entry for entry in self._timers if entry[2].timer == entry[1]]
-            heapq.heapify(self._timers)
+        self._timers.put(run, when, len(self._runs))
+
+    def _first_deadline(self, run: GuestRun) -> float:
+        """Until when the guest must have called the host; being held back is not its fault."""
+        return min(run.started + run.start.limits.first_call_seconds + run.held(self.clock()), run.deadline)
 
     def _expire(self, now: float) -> None:
-        while self._timers:
-            when, number, run = self._timers[0]
-            stale = run.timer != number
-            if not stale and when > now:
-                return
-            heapq.heappop(self._timers)
-            if stale:
-                continue
+        while (run := self._timers.take_due(now)) is not None:
             if now >= run.deadline:
-                limit = run.start.limits.wall_seconds
-                used = round(now - run.started, 3)
-                text = f"the run took longer than its {limit:g} seconds"
-                self._fail(run, "wall_time_exceeded", text, {"limit": limit, "used": used})
-                continue
-            self._wake(run, late=True)
-            self._set_timer(run, run.deadline)
+                self.fail(run, reports.wall_time(run, now - run.started))
+            elif not run.usage.host_calls:
+                until = self._first_deadline(run)
+                if now >= until:
+                    self.fail(run, reports.first_call(run, now - run.started))
+                else:
+                    self._set_timer(run, until)
+            else:
+                self._wake(run, late=True)
+                self._set_timer(run, run.deadline)
 
     # --- ends -------------------------------------------------------------------------------------
 
-    def _returned(self, run: GuestRun, code: int) -> None:
+    def returned(self, run: GuestRun, code: int) -> None:
         if run.closing is not None:
             self._finish(run, "cancelled", code, None)
-            return
-        if code >= 0:
+        elif code >= 0:
             self._finish(run, "complete", code, None)
-            return
-        if code == ErrorCode.LIMIT and run.limit is not None and run.limit[0] in _LIMIT_CODES:
-            name, limit, used = run.limit
-            self._fail(run, _LIMIT_CODES[name], run.last_error, {"limit": limit, "used": used}, code)
-            return
-        name = ErrorCode(code).name.lower() if code in _ERROR_NUMBERS else "unknown"
-        message = f"the guest returned {code} ({name})"
-        if run.last_error:
-            message += f"; its last error: {run.last_error}"
-        self._fail(run, "guest_error", message, {"code": code, "name": name, "last_error": run.last_error}, code)
-
-    def _trapped(self, run: GuestRun, fiber: Fiber) -> None:
-        trap = fiber.trap or TrapInfo("unknown", "the guest died")
-        limits = run.start.limits
-        if fiber.host_failed:
-            self._fail_internal(run, f"a host function failed ({run.last_call})")
-        elif trap.kind == "out_of_fuel":
-            self._fail_fuel(run)
-        elif trap.kind == "memory_limit":
-            text = f"the guest needs more memory than its {limits.memory_bytes:,} bytes: {trap.message}"
-            self._fail(run, "memory_limit", text, {"limit": limits.memory_bytes, "used": fiber.memory_bytes})
         else:
-            self._fail(
-                run,
-                "guest_trap",
-                f"the guest trapped: {trap.message}",
-                {
-                    "trap": trap.kind,
-                    "backtrace": list(trap.frames),
-                    "last_call": run.last_call,
-                    "last_error": run.last_error,
-                    "memory_bytes": fiber.memory_bytes,
-                    "memory_limit": limits.memory_bytes,
-                },
-            )
+            self.fail(run, reports.refused(run, code) or reports.guest_error(run, code), code)
 
-    def _fail_fuel(self, run: GuestRun) -> None:
-        limit = run.start.limits.fuel
-        run.debt = max(run.debt, 0)
-        self._fail(run, "fuel_exhausted", f"the run burnt its {limit:,} units of fuel", {"limit": limit, "used": limit})
+    def trapped(self, run: GuestRun, fiber: Fiber) -> None:
+        trap = fiber.trap or TrapInfo("unknown", "the guest died")
+        if fiber.host_failed:
+            self.fail_internal(run, f"a host function failed ({run.last_call})", None)
+        elif trap.kind == "instantiation":
+            # Neither a trap nor a limit: the system refused Wasmtime something.
+            self.fail_internal(run, "the guest cannot be started", EngineFailure(trap.message))
+        else:
+            self.fail(run, reports.trapped(run, trap))
 
-    def _fail_internal(self, run: GuestRun, text: str) -> None:
+    def fail_internal(self, run: GuestRun, text: str, error: Exception | None) -> None:
+        """End a run because of the host; the cause is in the log only."""
         correlation = secrets.token_hex(6)
-        log.error("run %d: %s [%s]", run.start.run, text, correlation, exc_info=sys.exc_info()[0] is not None)
-        message = f"{text}; the host's log has the cause under {correlation}"
-        self._fail(run, "internal", message, {"correlation": correlation})
+        log.error("run %d: %s [%s]", run.start.run, text, correlation, exc_info=error)
+        if self._runs.get(run.start.run) is not run:
+            return
+        if isinstance(error, MemoryError):
+            self.fail(run, reports.busy("this worker's memory is used up"))
+        else:
+            self.fail(run, reports.internal(text, correlation))
 
-    def _fail(self, run: GuestRun, code: str, message: str, details: dict[str, object], result: int = 0) -> None:
+    def fail(self, run: GuestRun, error: ErrorInfo, result: int = 0) -> None:
         if run.closing is not None:
             self._finish(run, "cancelled", 0, None)
         else:
-            self._finish(run, "error", result, ErrorInfo(code, message, details))
+            self._finish(run, "error", result, error)
 
     def _finish(self, run: GuestRun, outcome: str, code: int, error: ErrorInfo | None) -> None:
         """The only way out: free all that the run has, here and in the engine, and say how it ended."""
-        number = run.start.run
-        del self._runs[number]
+        number, now = run.start.run, self.clock()
+        if self._runs.pop(number, None) is not run:
+            raise ValueError(f"run {number} has ended already")
         for call in run.calls:
             self._calls.pop(call, None)
         for call in run.store_calls:
-            del self._store_calls[call]
+            self._store_calls.pop(call, None)
+        if run.ticket is not None:
+            self.helper.cancel(run.ticket)
+            self.slices.jobs.pop(run.ticket, None)
+            run.ticket = None
+        self._starter.forget(run)
         run.timer = 0
         run.on_wake = run.job = None
+        self.schedule.leave(run, now)
         wasi.flush_lines(run)
         usage, fiber = run.usage, run.fiber
         if fiber is not None:
-            limit = run.start.limits.fuel
-            usage.fuel = min(limit, limit - fiber.fuel + run.debt)
+            left = fiber.fuel - run.debt
+            run.tenant.bucket.spend(run.counted - left, now)
+            usage.fuel = min(run.start.limits.fuel, run.start.limits.fuel - left)
             usage.memory_bytes = fiber.memory_bytes
             run.fiber = None
             fiber.close()
-        usage.wall_seconds = self.clock() - run.started
-        run.calls.clear()
-        run.store_calls.clear()
-        run.sequences.clear()
-        run.streams.clear()
-        run.inbox.clear()
+        usage.wall_seconds = now - run.started
+        run.forget()
         self.ops.append(EndRun(number))
         self.events.append(RunFinished(number, outcome, code, error, usage))
-
-    def _module(self, artifact: str) -> LinkedModule:
-        module = self._modules.get(artifact)
-        if module is None:
-            module = self._modules[artifact] = self._linker.load(Path(artifact))
-            if len(self._modules) > MODULES_KEPT:
-                self._modules.popitem(last=False)[1].close()
-        else:
-            self._modules.move_to_end(artifact)
-        return module
 
 
 def tune_collector() -> None:
@@ -483,5 +408,6 @@ def tune_collector() -> None:
     gc.set_threshold(50_000, 20, 100)
 
 
-_LIMIT_CODES = {"tokens": "token_limit", "output_bytes": "output_limit"}
-_ERROR_NUMBERS = frozenset(int(code) for code in ErrorCode)
+def tune_switching() -> None:
+    """Let the helper thread have the interpreter for a millisecond at a time, not for five."""
+    sys.setswitchinterval(0.001)

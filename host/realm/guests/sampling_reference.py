@@ -15,6 +15,11 @@ from realm.messages import SamplingParams
 
 Floats = npt.NDArray[np.float64]
 
+LEAST_TEMPERATURE = 1e-8
+"""A temperature below this counts as this."""
+_LARGEST = 1e30
+"""Logits are kept within this after penalty and bias. Both are the engine's, so that draws agree."""
+
 
 def adjusted_logits(logits: npt.NDArray[Any], params: SamplingParams, history: npt.NDArray[Any] | None) -> Floats:
     """Logits [vocab] after repetition penalty, bias and mask (dropped tokens are -inf).
@@ -30,6 +35,8 @@ def adjusted_logits(logits: npt.NDArray[Any], params: SamplingParams, history: n
     if params.bias_tokens and params.bias_values:
         tokens = np.frombuffer(params.bias_tokens, dtype="<u4")
         np.add.at(out, tokens, np.frombuffer(params.bias_values, dtype="<f4").astype(np.float64))
+    if params.repetition_penalty != 1.0 or params.bias_tokens:
+        np.clip(out, -_LARGEST, _LARGEST, out=out)
     if params.mask is not None:
         allowed = np.unpackbits(np.frombuffer(params.mask, dtype=np.uint8), bitorder="little", count=len(out))
         out[allowed == 0] = -np.inf
@@ -41,7 +48,7 @@ def filtered_probabilities(adjusted: Floats, params: SamplingParams) -> Floats:
 
     The largest weight is 1; the sum is not.
     """
-    scaled = adjusted / params.temperature
+    scaled = adjusted / max(params.temperature, LEAST_TEMPERATURE)
     weights = np.exp(scaled - scaled.max())
     keep = weights > 0
     order = np.argsort(-scaled, kind="stable")

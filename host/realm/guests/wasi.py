@@ -20,6 +20,11 @@ SUCCESS, EBADF, EFAULT, EINVAL, ENOSYS, ESPIPE = 0, 8, 21, 28, 52, 70
 MAX_BUFFERS = 1024
 MAX_LINE = 4096
 """A line of standard output longer than this is cut in two."""
+MAX_WRITE = 64 << 10
+MAX_LINES = 256
+"""Bytes and lines that one ``fd_write`` takes."""
+_WRITE_FUEL, _BUFFER_FUEL, _LINE_FUEL = 4, 2_000, 5_000
+_RANDOM_FUEL = 50
 
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
@@ -140,37 +145,48 @@ def _fd_seek(run: GuestRun, values: tuple[int, ...]) -> int:
 
 
 def _fd_write(run: GuestRun, values: tuple[int, ...]) -> int:
+    """Like any ``write``, it may take less than it is given."""
     fd, buffers_at, count, out = values
     if fd not in (1, 2):
         return EBADF
     if count > MAX_BUFFERS:
         return EINVAL
-    run.memory.check(out, 4)
-    room = run.start.limits.log_bytes
-    data, total = b"", 0
-    for pointer, length in _PAIR.iter_unpack(run.memory.read(buffers_at, count * _PAIR.size)):
-        run.memory.check(pointer, length)
-        # More than the log holds need not be copied, but the guest is told that all is written.
-        data += run.memory.read(pointer, min(length, room - len(data)))
-        total = min(total + length, (1 << 32) - 1)
-    run.charge(len(data))
-    _write_lines(run, fd, data)
-    run.memory.pack(_U32, out, total)
+    memory = run.memory
+    memory.check(out, 4)
+    pieces: list[bytes] = []
+    room, total = MAX_WRITE, 0
+    for pointer, length in _PAIR.iter_unpack(memory.read(buffers_at, count * _PAIR.size)):
+        memory.check(pointer, length)
+        total += length
+        if room:
+            pieces.append(memory.read(pointer, min(length, room)))
+            room -= len(pieces[-1])
+    data = b"".join(pieces)
+    run.charge(_WRITE_FUEL * len(data) + _BUFFER_FUEL * count)
+    taken = _write_lines(run, fd, data)
+    # Once the log is full the prints go nowhere, as on any full terminal: the guest is told that all is written.
+    memory.pack(_U32, out, min(total, (1 << 32) - 1) if run.log_full else taken)
     return SUCCESS
 
 
-def _write_lines(run: GuestRun, fd: int, data: bytes) -> None:
-    waiting = run.wasi_lines.get(fd, b"") + data
-    *lines, rest = waiting.split(b"\n")
-    while len(rest) >= MAX_LINE:
-        lines.append(rest[:MAX_LINE])
-        rest = rest[MAX_LINE:]
-    run.wasi_lines[fd] = rest
-    for line in lines:
-        if not run.write_log(_level(fd), line.decode("utf-8", "replace")):
-            # The log is full; the guest's prints go nowhere, as on any full terminal.
-            run.wasi_lines[fd] = b""
-            return
+def _write_lines(run: GuestRun, fd: int, data: bytes) -> int:
+    """Log whole lines and keep the rest for later; how many bytes were taken."""
+    kept = run.wasi_lines.get(fd, b"")
+    waiting = kept + data
+    at = 0
+    for _ in range(MAX_LINES):
+        end = waiting.find(b"\n", at, at + MAX_LINE)
+        if run.log_full or (end < 0 and len(waiting) - at < MAX_LINE):
+            break
+        line = waiting[at : end if end >= 0 else at + MAX_LINE]
+        at += len(line) + (end >= 0)
+        run.charge(_LINE_FUEL)
+        run.write_log(_level(fd), line.decode("utf-8", "replace"))
+    else:
+        run.wasi_lines[fd] = b""
+        return at - len(kept)
+    run.wasi_lines[fd] = b"" if run.log_full else waiting[at:]
+    return len(data)
 
 
 def _level(fd: int) -> str:
@@ -190,7 +206,7 @@ def _random_get(run: GuestRun, values: tuple[int, ...]) -> int:
     if size > 1 << 16:
         return EINVAL
     run.memory.check(pointer, size)
-    run.charge(size * 50)
+    run.charge(size * _RANDOM_FUEL)
     run.memory.write(pointer, run.random_bytes(size))
     return SUCCESS
 
