@@ -9,6 +9,7 @@ import argparse
 import os
 import select
 import socket
+import sys
 from typing import Any
 
 from realm.channel import BlockingChannel, ChannelClosed, connect, listen
@@ -20,6 +21,7 @@ from realm.messages import (
     GatewayHello,
     GatewayToWorker,
     Output,
+    Ping,
     RunFinished,
     Shutdown,
     StartRun,
@@ -30,13 +32,16 @@ from realm.messages import (
     WorkerHello,
 )
 
+ENDS = {b"die": 3, b"quit": 0}
+
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     for name in ("socket", "model", "dtype", "kv-pages", "token-budget", "max-sequences", "threads"):
         parser.add_argument(f"--{name}")
-    for name in ("engine", "gateway", "worker"):
+    for name in ("engine", "gateway", "worker", "cache"):
         parser.add_argument(f"--{name}")
+    parser.add_argument("--standby", action="store_true")
     return parser.parse_args()
 
 
@@ -68,8 +73,10 @@ def engine() -> int:
 
 
 def worker() -> int:
-    """Echoes its input; ``hang`` never ends by itself, ``die`` kills the process."""
+    """Echoes its input; ``hang`` never ends by itself, ``die`` ends the process, ``quit`` does so in order."""
     options = arguments()
+    if options.standby and not sys.stdin.readline():
+        return 0
     gateway: BlockingChannel[Any] = BlockingChannel(connect(options.gateway), GatewayToWorker)
     link: BlockingChannel[Any] = BlockingChannel(connect(options.engine), EngineReply)
     hello = WorkerHello(int(options.worker), os.getpid())
@@ -81,13 +88,15 @@ def worker() -> int:
             link.receive()
             for message in gateway.receive():
                 match message:
-                    case StartRun() if message.input == b"die":
-                        os._exit(3)
+                    case StartRun() if message.input in ENDS:
+                        os._exit(ENDS[message.input])
                     case StartRun() if message.input != b"hang":
                         output = Output(message.run, message.input, 1)
                         gateway.send(WorkerEvents([output, RunFinished(message.run, "complete", 0, None, Usage())]))
                     case CancelRun():
                         gateway.send(WorkerEvents([RunFinished(message.run, "cancelled", 0, None, Usage())]))
+                    case Ping():
+                        gateway.send(WorkerEvents([]))
                     case Shutdown():
                         return 0
         except ChannelClosed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from realm.cli import doctor
 from realm.cli.doctor import DOUBTFUL, FAILED, GOOD, Finding, examine
+from realm.sandbox import kernel
 
 
 def findings(home: Path, port: int = 1) -> dict[str, Finding]:
@@ -53,3 +55,36 @@ def test_broken_model_is_a_finding(tmp_path: Path) -> None:
     found = findings(tmp_path)["models"]
     assert found.state == FAILED
     assert "m/realm.json" in found.text
+
+
+def test_what_contains_a_worker(tmp_path: Path) -> None:
+    found = findings(tmp_path)
+    for name, probe in (("seccomp", kernel.seccomp_number), ("landlock", kernel.landlock_abi)):
+        try:
+            probe()
+        except kernel.Lacking as lacking:
+            assert found[name].state == found["sandbox"].state == DOUBTFUL
+            assert lacking.reason in found[name].text and "use " in found[name].text
+        else:
+            assert found[name].state == GOOD
+            assert name in found["sandbox"].text.lower()
+
+
+def test_a_kernel_without_landlock_and_seccomp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # No kernel has a call of this number.
+    monkeypatch.setattr(kernel, "_LANDLOCK_CREATE_RULESET", 5000)
+    monkeypatch.setattr(kernel, "_SECCOMP", {os.uname().machine: 5000})
+    found = findings(tmp_path)
+    assert found["seccomp"].state == found["landlock"].state == DOUBTFUL
+    assert "Function not implemented" in found["seccomp"].text and "CONFIG_SECCOMP_FILTER" in found["seccomp"].text
+    assert "Linux 5.13" in found["landlock"].text
+    monkeypatch.setattr(kernel, "_SECCOMP", {})
+    assert f"processors of type {os.uname().machine}" in findings(tmp_path)["seccomp"].text
+
+
+def test_a_sandbox_that_cannot_be_entered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "realm").mkdir()
+    (tmp_path / "realm" / "__init__.py").touch()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    found = findings(tmp_path)["sandbox"]
+    assert found.state == FAILED and "No module named realm.sandbox" in found.text

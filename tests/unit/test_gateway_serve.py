@@ -2,94 +2,30 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import psutil
 import pytest
-from websockets.asyncio.client import connect
 
 import realm.serve
+import realm.supervisor
 from realm.errors import RealmError
-from realm.serve import ServeInfo, bind, running
+from realm.serve import bind, running
 from realm.settings import ServeSettings
-from tests.fake_host import WASM, FakeClient, FakeCompiled, async_test
-
-ROOT = Path(__file__).parents[2]
-PYTHONPATH = os.pathsep.join([str(ROOT / "host"), str(ROOT)])
-
-
-def prepare(home: Path, patch: Callable[[str, object], None]) -> ServeSettings:
-    """A home with a model's record, and children that need no model."""
-    folder = home / "models" / "tiny"
-    folder.mkdir(parents=True, exist_ok=True)
-    record = {
-        "name": "tiny",
-        "source": "test",
-        "sha256": "0" * 64,
-        "architecture": "LlamaForCausalLM",
-        "parameters": 1000,
-        "dtype": "float32",
-        "context_length": 2048,
-        "created": "2025-01-01T00:00:00Z",
-    }
-    (folder / "realm.json").write_text(json.dumps(record))
-    patch("ENGINE_MODULE", "tests.fake_engine")
-    patch("WORKER_MODULE", "tests.fake_worker")
-
-    async def compile_module(wasm: Path, cache: Path) -> FakeCompiled:
-        artifact = cache / "artifact"
-        await asyncio.to_thread(artifact.write_bytes, WASM)
-        import hashlib
-
-        return FakeCompiled(artifact, hashlib.sha256(await asyncio.to_thread(wasm.read_bytes)).hexdigest())
-
-    patch("_compile", compile_module)
-    return ServeSettings(home=home, port=0, workers=2)
+from tests.fake_host import async_test
+from tests.serve_harness import PYTHONPATH, ROOT, children, client_of, healthy, prepare, serving
 
 
 @pytest.fixture
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ServeSettings:
     monkeypatch.setenv("PYTHONPATH", PYTHONPATH)
     monkeypatch.setenv("REALM_SECRET", "not for children")
-    return prepare(tmp_path, lambda name, value: monkeypatch.setattr(realm.serve, name, value))
-
-
-@contextlib.asynccontextmanager
-async def client_of(info: ServeInfo) -> AsyncIterator[FakeClient]:
-    """A client of the admin tenant with a module called echo."""
-    async with connect(info.url, additional_headers={"Authorization": f"Bearer {info.admin_key}"}) as socket:
-        client = FakeClient(socket)
-        assert (await client.receive())["type"] == "auth_success"
-        await client.receive()
-        await client.push("echo")
-        yield client
-
-
-async def healthy(client: FakeClient) -> None:
-    """Wait until engine and both workers are up."""
-    while True:
-        health = await client.data("health")
-        if health["workers"] == 2 and health["status"] == "healthy":
-            return
-        await asyncio.sleep(0.02)
-
-
-def children(word: str) -> list[psutil.Process]:
-    found = []
-    for child in psutil.Process().children():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if any(word in part for part in child.cmdline()):
-                found.append(child)
-    return sorted(found, key=lambda process: process.pid)
+    return prepare(tmp_path, monkeypatch.setattr)
 
 
 @async_test
@@ -104,8 +40,8 @@ async def test_a_whole_host_starts_and_ends(settings: ServeSettings, capfd: pyte
                 {"name": "tiny", "served": True, "context_length": 2048, "parameters": 1000}
             ]
             (engine,) = children("fake_engine")
+            await serving(2)
             workers = children("fake_worker")
-            assert len(workers) == 2
             for child in (engine, *workers):
                 assert "REALM_SECRET" not in child.environ()
                 # Standard streams and its own sockets: nothing inherited.
@@ -163,11 +99,11 @@ async def test_starts_that_cannot_succeed_say_why(settings: ServeSettings, monke
     with pytest.raises(RealmError, match="model_not_found"):
         async with running(ServeSettings(home=settings.home, port=0, model="other")):
             pass
-    monkeypatch.setattr(realm.serve, "WORKER_MODULE", "tests.no_such_worker")
+    monkeypatch.setattr(realm.supervisor, "WORKER_MODULE", "tests.no_such_worker")
     with pytest.raises(RealmError, match="engine_start"):
         async with running(settings):
             pass
-    monkeypatch.setattr(realm.serve, "ENGINE_MODULE", "tests.no_such_engine")
+    monkeypatch.setattr(realm.supervisor, "ENGINE_MODULE", "tests.no_such_engine")
     with pytest.raises(RealmError, match="engine_start"):
         async with running(settings):
             pass
@@ -177,13 +113,13 @@ async def test_starts_that_cannot_succeed_say_why(settings: ServeSettings, monke
 PROGRAM = """
 import asyncio, sys
 from pathlib import Path
-import realm.serve
-from tests.unit.test_gateway_serve import prepare
+import realm.serve, realm.supervisor
+from tests.serve_harness import prepare
 
 def ready(info):
     print(info.url, flush=True)
 
-settings = prepare(Path(sys.argv[1]), lambda name, value: setattr(realm.serve, name, value))
+settings = prepare(Path(sys.argv[1]), setattr)
 asyncio.run(realm.serve.serve(settings, on_ready=ready))
 print("ended", flush=True)
 """
@@ -200,19 +136,21 @@ def test_signals_end_everything(tmp_path: Path, number: signal.Signals) -> None:
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline().startswith("ws://")
-        family = psutil.Process(process.pid).children()
-        assert len(family) == 3
+        supervisor = psutil.Process(process.pid)
+        # The engine, two workers and, a moment later, one in reserve.
+        while len(family := supervisor.children()) < 4:
+            time.sleep(0.02)
         process.send_signal(number)
         rest = process.stdout.read()
         status = process.wait(5)
     assert (rest, status) == (("", -signal.SIGKILL) if number is signal.SIGKILL else ("ended\n", 0))
     # Even when the host is killed, its children notice.
     gone, alive = psutil.wait_procs(family, timeout=5)
-    assert len(gone) == 3 and not alive
+    assert len(gone) == 4 and not alive
 
 
 def test_a_signal_while_starting(tmp_path: Path) -> None:
-    program = PROGRAM.replace("asyncio.run", "realm.serve.ENGINE_MODULE = 'tests.fake_stall'\nasyncio.run")
+    program = PROGRAM.replace("asyncio.run", "realm.supervisor.ENGINE_MODULE = 'tests.fake_stall'\nasyncio.run")
     environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
     with subprocess.Popen(
         [sys.executable, "-c", program, str(tmp_path)],

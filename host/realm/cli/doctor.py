@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import platform
 import shutil
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -18,9 +20,12 @@ from pathlib import Path
 from rich.text import Text
 
 import realm.guests
+from realm import sandbox
+from realm.child import how_it_ended
 from realm.cli.terminal import size
 from realm.errors import RealmError
 from realm.models.store import list_models
+from realm.sandbox import kernel
 
 GOOD, DOUBTFUL, FAILED = "ok", "warn", "fail"
 _STYLES = {GOOD: "green", DOUBTFUL: "yellow", FAILED: "bold red"}
@@ -51,6 +56,9 @@ def examine(home: Path, port: int) -> Iterator[Finding]:
         ("processor", _processor),
         ("memory", _memory),
         ("mappings", _mappings),
+        ("seccomp", _seccomp),
+        ("landlock", _landlock),
+        ("sandbox", _sandbox),
         ("data", lambda: _data(home)),
         ("disk", lambda: _disk(home)),
         ("models", lambda: _models(home)),
@@ -60,7 +68,7 @@ def examine(home: Path, port: int) -> Iterator[Finding]:
     for name, check in checks:
         try:
             state, text = check()
-        except (RealmError, OSError, ImportError) as error:
+        except (RealmError, OSError, ImportError, subprocess.SubprocessError) as error:
             state, text = FAILED, str(error)
         yield Finding(name, state, text)
 
@@ -116,6 +124,41 @@ def _mappings() -> tuple[str, str]:
     most = int(Path("/proc/sys/vm/max_map_count").read_text())
     # A suspended guest takes about five memory mappings.
     return (GOOD if most >= 65_530 else DOUBTFUL), f"vm.max_map_count {most}: about {most // 5:,} guests a worker"
+
+
+def _seccomp() -> tuple[str, str]:
+    try:
+        kernel.seccomp_number()
+    except kernel.Lacking as lacking:
+        return DOUBTFUL, (
+            f"{lacking.reason}: guest workers keep all system calls; use a kernel with CONFIG_SECCOMP_FILTER, and "
+            "a container that allows seccomp()"
+        )
+    return GOOD, "guest workers keep only the system calls they need"
+
+
+def _landlock() -> tuple[str, str]:
+    try:
+        abi = kernel.landlock_abi()
+    except kernel.Lacking as lacking:
+        return DOUBTFUL, (
+            f"{lacking.reason}: guest workers can read what the user can; use Linux 5.13 or newer with landlock "
+            "among the kernel's lsm="
+        )
+    return GOOD, f"ABI {abi}: guest workers read their model, their modules and Python, and write nothing"
+
+
+def _sandbox() -> tuple[str, str]:
+    """Enters a worker's sandbox in a process of its own: what a worker gets, not what it should get."""
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "realm.sandbox"], capture_output=True, text=True, timeout=60, check=False
+    )
+    if done.returncode != 0:
+        cause = (done.stderr.strip().splitlines() or [how_it_ended(done.returncode)])[-1]
+        return FAILED, f"a guest worker cannot enter it, so none would start: {cause}"
+    containment = sandbox.Containment(**json.loads(done.stdout))
+    text = f"a guest worker is held by {containment}"
+    return (DOUBTFUL if containment.lacking else GOOD), text
 
 
 def _data(home: Path) -> tuple[str, str]:
