@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,11 +37,14 @@ from realm.messages import (
     GatewayToWorker,
     Log,
     Output,
+    Ping,
     RunFinished,
     Shutdown,
     StartRun,
     StatsRequest,
     StoreReply,
+    TenantQuota,
+    TenantShare,
     TenantStats,
     ToEngine,
     Usage,
@@ -82,6 +85,7 @@ async def eventually(condition: Callable[[], object]) -> None:
 @dataclass(frozen=True)
 class FakeCompiled:
     artifact: Path
+    artifact_sha256: str
     sha256: str
     imports: tuple[str, ...] = ("realm.forward", "realm.emit")
 
@@ -91,19 +95,24 @@ class FakeCompiler:
 
     def __init__(self) -> None:
         self.calls = 0
+        self.broken = False
+        self.done: list[bytes] = []
         self.gate = asyncio.Event()
         self.gate.set()
 
     async def __call__(self, wasm: Path, cache: Path) -> FakeCompiled:
         self.calls += 1
         await self.gate.wait()
+        if self.broken:
+            raise RealmError("compile_limit", "no time")
         data = await asyncio.to_thread(wasm.read_bytes)
         if not data.startswith(WASM):
             raise RealmError("module_invalid", "not a WebAssembly module", details={"offset": 0})
         sha256 = hashlib.sha256(data).hexdigest()
         artifact = cache / sha256
         artifact.write_bytes(data)
-        return FakeCompiled(artifact, sha256)
+        self.done.append(data)
+        return FakeCompiled(artifact, sha256, sha256)
 
 
 Script = Callable[["FakeWorker", StartRun], None]
@@ -137,6 +146,7 @@ class FakeWorker:
         self.messages: list[ClientMessage] = []
         self.credits: list[Credit] = []
         self.store_replies: list[StoreReply] = []
+        self.shares: list[TenantShare] = []
         self.shut_down = asyncio.Event()
         self.closed = asyncio.Event()
         self.changed = asyncio.Event()
@@ -151,7 +161,11 @@ class FakeWorker:
             str(path),
         )
         self._transport = transport
-        self._link.send(WorkerHello(self.number, os.getpid()))
+        self.hello(self.number)
+
+    def hello(self, number: int) -> None:
+        assert self._link is not None
+        self._link.send(WorkerHello(number, os.getpid()))
 
     def say(self, *events: WorkerEvent) -> None:
         """One message with these events."""
@@ -164,6 +178,11 @@ class FakeWorker:
     def write_raw(self, data: bytes) -> None:
         assert self._transport is not None
         self._transport.write(data)
+
+    def read(self, wanted: bool) -> None:
+        """Read what the gateway sends, or leave it in the socket."""
+        assert self._transport is not None
+        (self._transport.resume_reading if wanted else self._transport.pause_reading)()
 
     def die(self) -> None:
         """As if killed: the socket just ends."""
@@ -185,6 +204,10 @@ class FakeWorker:
                 self.credits.append(message)
             case StoreReply():
                 self.store_replies.append(message)
+            case TenantShare():
+                self.shares.append(message)
+            case Ping():
+                self.say()
             case Shutdown():
                 self.shut_down.set()
         self.changed.set()
@@ -201,6 +224,7 @@ class FakeEngine:
 
     def __init__(self) -> None:
         self.lost_workers: list[int] = []
+        self.quotas: dict[str, TenantQuota] = {}
         self._server: asyncio.Server | None = None
         self._links: list[Link[Any]] = []
 
@@ -218,8 +242,10 @@ class FakeEngine:
             case GatewayHello():
                 link.send(EngineReady("tiny", 100, 16, 2048, 0.1))
             case StatsRequest():
-                tenants = {"alice": TenantStats(1, 2, 3, 4, 5), "bob": TenantStats(6, 7, 8, 9, 10)}
+                tenants = {"alice": TenantStats(1, 2, 3, 4, 5, 6, 7), "bob": TenantStats(6, 7, 8, 9, 10)}
                 link.send(EngineStats(message.call, "tiny", 10, 20, 4, 3, 100, 50, 0, 0, 1.5, 100, 90, 10, 0, tenants))
+            case TenantQuota():
+                self.quotas[message.tenant] = message
             case WorkerLost():
                 self.lost_workers.append(message.worker)
 
@@ -345,9 +371,17 @@ class FakeHost:
 
 @contextlib.asynccontextmanager
 async def fake_host(
-    home: Path, *, script: Script = echo, limits: GatewayLimits | None = None, workers: int = 1
+    home: Path,
+    *,
+    script: Script = echo,
+    limits: GatewayLimits | None = None,
+    workers: int = 1,
+    defaults: Mapping[str, int] | None = None,
 ) -> AsyncIterator[FakeHost]:
-    """A host on a free port of loopback. ``home`` may hold an earlier one's registry."""
+    """A host on a free port of loopback, with ``defaults`` for all tenants' limits.
+
+    ``home`` may hold an earlier one's registry.
+    """
     # Unix socket paths are short: pytest's folders may be too deep for them.
     sockets = Path(tempfile.mkdtemp(prefix="realm-test-"))
     registry = await Registry.open(home)
@@ -355,7 +389,7 @@ async def fake_host(
     builtin = home / "builtin"
     builtin.mkdir(exist_ok=True)
     (builtin / "generate.wasm").write_bytes(WASM + b"generate")
-    settings = ServeSettings(model="tiny", home=home, port=0, limits=limits or GatewayLimits())
+    settings = ServeSettings(model="tiny", home=home, port=0, limits=limits or GatewayLimits(), defaults=defaults or {})
     gateway = Gateway(
         settings,
         registry,

@@ -39,7 +39,9 @@ class TenantLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         int, _count("s", "wall time from a run's start to its first host call", low=1, high=86_400)
     ] = 30
     memory_bytes: Annotated[int, _count("bytes", "linear memory of one guest", low=65_536, high=4 << 30)] = 64 << 20
-    table_elements: Annotated[int, _count("elements", "of one guest's tables", high=10_000_000)] = 65_536
+    table_elements: Annotated[int, _count("elements", "of each of a guest's tables (at most 16)", high=1_000_000)] = (
+        65_536
+    )
     running_guests: Annotated[int, _count("runs", "in progress at a time; more wait", high=65_536)] = 256
     waiting_guests: Annotated[int, _count("runs", "waiting for a place; more are refused", high=65_536)] = 1024
     kv_pages: Annotated[int, _count("pages", "of the KV cache (16 tokens each) held at a time", low=1)] = 8192
@@ -48,7 +50,9 @@ class TenantLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     sequences_per_run: Annotated[int, _count("sequences", "open at a time in one run", high=65_536)] = 256
     saved_sequences: Annotated[int, _count("sequences", "kept by name", high=65_536)] = 64
     output_bytes_per_run: Annotated[int, _count("bytes", "that one run may emit")] = 16 << 20
-    log_bytes_per_run: Annotated[int, _count("bytes", "that one run may log", high=64 << 20)] = 256 << 10
+    log_bytes_per_run: Annotated[int, _count("bytes", "that one run may log, 64 more for each line", high=64 << 20)] = (
+        256 << 10
+    )
     module_bytes: Annotated[int, _count("bytes", "of one module", high=256 << 20)] = 16 << 20
     stored_modules: Annotated[int, _count("versions", "of all modules together", high=1_000_000)] = 256
     stored_bytes: Annotated[int, _count("bytes", "of all stored modules together")] = 512 << 20

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import fcntl
 import json
 import os
@@ -11,15 +10,14 @@ import struct
 import subprocess
 import sys
 import termios
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+import types
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
 
-from realm.cli.app import app
+from realm import messages
 from realm.cli.connection import Login, login_file, read_login, save_login
 from realm.cli.terminal import printable, size, when
 from realm.errors import RealmError
@@ -27,77 +25,16 @@ from realm.models.store import choose_model
 from realm.registry.blobs import BlobStore
 from realm.registry.database import Database
 from realm.serve import locked_home
-from tests.unit.sdk_fake_server import Peer, Script, fake_server
+from tests.cli_harness import Invoke, answering, invoke_fixture, serving
+from tests.unit.sdk_fake_server import Peer
 
-Invoke = Callable[..., Result]
+__all__ = ["invoke_fixture"]
+
 COMMANDS = (
     *("serve", "run", "push", "ps", "logs", "cancel", "generate", "login", "doctor", "models import", "models list"),
-    *("modules list", "modules remove", "tenants add", "tenants list", "keys add", "keys list", "keys revoke"),
+    *("modules list", "modules remove", "tenants add", "tenants list", "tenants show"),
+    *("tenants set", "keys add", "keys list", "keys revoke"),
 )
-
-
-@pytest.fixture
-def invoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Invoke:
-    """Runs ``realm`` with no configuration but the test's."""
-    for name in ("REALM_URL", "REALM_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    monkeypatch.setenv("REALM_HOME", str(tmp_path / "home"))
-    runner = CliRunner()
-
-    def run(*arguments: str, input: str | bytes | None = None) -> Result:
-        return runner.invoke(app, list(arguments), input=input)
-
-    return run
-
-
-@contextmanager
-def serving(script: Script) -> Iterator[str]:
-    """A scripted server in a thread of its own: the command line blocks the test's. Gives the URL."""
-    started = threading.Event()
-    loop = asyncio.new_event_loop()
-    stop = asyncio.Event()
-    url: list[str] = []
-    failed: list[BaseException] = []
-
-    async def main() -> None:
-        async with fake_server(script) as server:
-            url.append(server.url)
-            started.set()
-            await stop.wait()
-
-    def run() -> None:
-        try:
-            loop.run_until_complete(main())
-        except BaseException as error:
-            failed.append(error)
-        finally:
-            started.set()
-            loop.close()
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    assert started.wait(10)
-    try:
-        yield url[0]
-    finally:
-        loop.call_soon_threadsafe(stop.set)
-        thread.join(20)
-    if failed:
-        raise failed[0]
-
-
-def answering(answers: dict[str, dict[str, object]], heard: list[tuple[str, object]] | None = None) -> Script:
-    """Answers each call with what is listed for its function."""
-
-    async def script(peer: Peer) -> None:
-        while True:
-            call = await peer.hear()
-            if heard is not None:
-                heard.append((call["function"], call["params"]))
-            await peer.complete(call, **answers[call["function"]])
-
-    return script
 
 
 # --- help and errors -----------------------------------------------------------------------------
@@ -150,6 +87,78 @@ def test_server_error_with_backtrace(invoke: Invoke) -> None:
     assert result.stderr.startswith("guest_trap: the guest trapped")
     assert "1: " in result.stderr
     assert "\x1b" not in result.stderr
+
+
+DEATH = {
+    "trap": "unreachable",
+    "backtrace": ["0: inner", "1: run"],
+    "fuel": 1234567,
+    "memory_bytes": 131072,
+    "last_call": "forward",
+}
+DEATH_LINES = [
+    "guest_trap: the guest trapped",
+    "trap: unreachable",
+    "    0: inner",
+    "    1: run",
+    "fuel 1,234,567, memory 128.0 KiB, last host call forward",
+]
+
+
+def test_a_death_on_the_server_looks_like_one_at_home(
+    invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def script(peer: Peer) -> None:
+        run = await peer.expect("run")
+        await peer.stream(run, 0, kind="started", run="r1")
+        await peer.stream(run, 1, kind="output", text="half a sen")
+        await peer.fail(run, "guest_trap", "the guest trapped", details=DEATH | {"run": "r1", "usage": USAGE})
+
+    with serving(script) as url:
+        there = invoke("run", "chat", "--url", url, "--key", "k")
+
+    def run_local(*arguments: object, **named: object) -> Iterator[messages.Output | messages.RunFinished]:
+        yield messages.Output(1, b"half a sen", 1)
+        error = messages.ErrorInfo("guest_trap", "the guest trapped", dict(DEATH))
+        yield messages.RunFinished(1, "error", 0, error, messages.Usage(**USAGE))
+
+    module = types.ModuleType("realm.local")
+    module.run_local = run_local  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "realm.local", module)
+    monkeypatch.setattr("realm.local", module, raising=False)
+    (tmp_path / "home" / "models" / "one").mkdir(parents=True)
+    (tmp_path / "home" / "models" / "one" / "realm.json").write_text("{}")
+    (tmp_path / "chat.wasm").write_bytes(b"")
+    here = invoke("run", str(tmp_path / "chat.wasm"))
+    assert there.exit_code == here.exit_code == 1
+    assert there.stdout == here.stdout == "half a sen\n"
+    took, *report = there.stderr.splitlines()
+    assert took.startswith("failed; 12 new tokens") and report == DEATH_LINES
+    assert here.stderr.splitlines()[-len(DEATH_LINES) - 1 :] == [took, *DEATH_LINES]
+
+
+def test_long_backtraces_and_odd_details_are_cut(invoke: Invoke) -> None:
+    details = {"backtrace": [f"{n}: f" for n in range(50)], "fuel": None, "memory_bytes": "x", "last_call": ""}
+
+    async def script(peer: Peer) -> None:
+        await peer.fail(await peer.expect("ps"), "guest_trap", "m", details=details)
+
+    with serving(script) as url:
+        lines = invoke("ps", "--url", url, "--key", "k").stderr.splitlines()
+    assert lines == ["guest_trap: m", *(f"    {n}: f" for n in range(20)), "    … and 30 more"]
+
+
+def test_a_limit_is_named_with_when_to_try_again(invoke: Invoke) -> None:
+    text = "too many runs wait for a place: waiting_guests is 2 runs, used 2"
+
+    async def script(peer: Peer) -> None:
+        details = {"name": "waiting_guests", "limit": 2, "used": 2, "unit": "runs"}
+        await peer.fail(await peer.expect("run"), "rate_limited", text, details=details, retry_after=1)
+
+    with serving(script) as url:
+        lines = invoke("run", "chat", "--url", url, "--key", "k").stderr.splitlines()
+    assert lines[:2] == [f"rate_limited: {text}", "retry after 1 s"]
+    assert "realm tenants show" in lines[2]
 
 
 def test_server_error_with_details(invoke: Invoke) -> None:
@@ -231,6 +240,19 @@ async def a_run(peer: Peer) -> None:
     await peer.stream(run, 2, kind="log", level="info", text="thinking")
     await peer.stream(run, 3, kind="output", text="lo")
     await peer.complete(run, run="r1", code=0, usage=USAGE)
+
+
+def test_run_says_that_it_waits(invoke: Invoke) -> None:
+    async def script(peer: Peer) -> None:
+        run = await peer.expect("run")
+        await peer.stream(run, 0, kind="waiting", run="r1")
+        await peer.stream(run, 1, kind="started", run="r1")
+        await peer.complete(run, run="r1", code=0, usage=USAGE)
+
+    with serving(script) as url:
+        result = invoke("run", "chat", "--url", url, "--key", "k")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert result.stderr.splitlines()[0] == "r1 waits for a place"
 
 
 @pytest.mark.parametrize("stream", [[], ["--stream"]])
@@ -389,6 +411,28 @@ def test_logs_of_a_run_that_logged_nothing(invoke: Invoke) -> None:
     assert result.stderr == "r1 has logged nothing\n"
 
 
+def test_logs_of_a_run_that_failed_end_with_why(invoke: Invoke) -> None:
+    error = {"code": "guest_trap", "message": "the guest trapped", "details": DEATH}
+    answer: dict[str, object] = {"run": "r1", "lines": [{"level": "info", "text": "one"}], "error": error}
+    with serving(answering({"logs": answer})) as url:
+        result = invoke("logs", "r1", "--url", url, "--key", "k")
+    assert (result.exit_code, result.stdout) == (0, "info    one\n")
+    assert result.stderr.splitlines() == DEATH_LINES
+
+
+def test_ps_says_what_a_run_died_of(invoke: Invoke) -> None:
+    run = {"run": "r1", "module": "chat", "status": "error", "started": 1.0, "seconds": 2.5, "usage": USAGE}
+    errors = [
+        {"code": "guest_trap", "message": "m", "details": DEATH},
+        {"code": "limit_exceeded", "message": "m", "details": {"name": "store_bytes\x1b"}},
+    ]
+    runs = [run | {"error": error} for error in errors]
+    with serving(answering({"ps": {"runs": runs, "engine": {}}})) as url:
+        result = invoke("ps", "--all", "--url", url, "--key", "k")
+    assert "error (guest_trap: unreachable)" in result.stdout
+    assert "error (limit_exceeded: store_bytes\ufffd)" in result.stdout
+
+
 def test_generate_streams(invoke: Invoke) -> None:
     async def script(peer: Peer) -> None:
         call = await peer.expect("generate")
@@ -400,6 +444,17 @@ def test_generate_streams(invoke: Invoke) -> None:
         result = invoke("generate", "Hi", "--url", url, "--key", "k")
     assert result.stdout == "there\n"
     assert "12 new tokens" in result.stderr
+
+
+def test_an_error_after_some_text_begins_a_line(invoke: Invoke) -> None:
+    async def script(peer: Peer) -> None:
+        call = await peer.expect("generate")
+        await peer.stream(call, 0, text="half a sen", index=0, is_final=False)
+        await peer.fail(call, "rate_limited", "no")
+
+    with serving(script) as url:
+        result = invoke("generate", "Hi", "--url", url, "--key", "k")
+    assert (result.exit_code, result.stdout) == (1, "half a sen\n")
 
 
 # --- without a server ----------------------------------------------------------------------------

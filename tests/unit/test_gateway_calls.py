@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
-from realm.messages import ErrorInfo, Output, RunFinished, StartRun, Usage
+import pytest
+
+from realm.messages import ErrorInfo, Output, RunFinished, StartRun, StoreSet, Usage
 from tests.fake_host import WASM, FakeWorker, async_test, echo, eventually, fake_host, hang, log_line
 
 
@@ -102,7 +105,7 @@ async def test_generate_names_its_ends(tmp_path: Path) -> None:
             Usage(),
         ),
         "odd": RunFinished(0, "complete", 7, None, Usage()),
-        "trap": RunFinished(0, "error", 0, ErrorInfo("guest_trap", "unreachable", {"trap": "unreachable"}), Usage()),
+        "trap": RunFinished(0, "error", 0, ErrorInfo("guest_trap", "unreachable", {"trap": "unreachable"}), Usage(7)),
     }
 
     def script(worker: FakeWorker, start: StartRun) -> None:
@@ -113,10 +116,14 @@ async def test_generate_names_its_ends(tmp_path: Path) -> None:
     async with fake_host(tmp_path, script=script) as host, host.client() as client:
         assert (await client.data("generate", prompt="long"))["finish_reason"] == "length"
         full = await client.error("generate", prompt="full")
-        assert full == {"code": "context_length_exceeded", "message": "9 > 8", "details": {"run": "r2"}}
+        assert full["code"] == "context_length_exceeded" and full["message"] == "9 > 8"
+        assert full["details"].keys() == {"run", "usage"} and full["details"]["run"] == "r2"
         assert (await client.error("generate", prompt="odd"))["code"] == "internal"
         trap = await client.error("generate", prompt="trap", stream=True)
-        assert trap["code"] == "guest_trap" and trap["details"] == {"trap": "unreachable", "run": "r4"}
+        assert trap["code"] == "guest_trap"
+        assert trap["details"]["trap"] == "unreachable" and trap["details"]["run"] == "r4"
+        # A run that fails has taken something, too.
+        assert trap["details"]["usage"]["fuel"] == 7
 
 
 @async_test
@@ -290,3 +297,38 @@ async def test_administration(tmp_path: Path) -> None:
         seen = await admin.data("ps", all=True)
         assert [run["tenant"] for run in seen["runs"]] == ["alice"]
         assert set(seen["engine"]["tenants"]) == {"alice", "bob"}
+
+
+@async_test
+async def test_nothing_private_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Not at the finest level, and not when something fails."""
+    caplog.set_level(logging.DEBUG)
+
+    def script(worker: FakeWorker, start: StartRun) -> None:
+        worker.say(log_line(start.run, "SECRET-log"), StoreSet(1, start.run, "SECRET-name", b"SECRET-value"))
+        if start.module == "generate":
+            worker.finish(start.run, outcome="error", error=ErrorInfo("guest_trap", "SECRET-end", {"a": "SECRET"}))
+
+    async with fake_host(tmp_path, script=script, defaults={"store_bytes": 1}) as host, host.client() as client:
+        await client.push("chat")
+        await client.error("generate", prompt="SECRET-prompt")
+        await client.start("run", module="chat", input="SECRET-input")
+        assert (await client.receive())["data"] == {"kind": "started", "run": "r2"}
+        await client.receive()
+        await client.data("send", run="r2", data={"SECRET-message": 1})
+        await client.error("generate", prompt=["SECRET-type"])
+        await client.send('{"id": 7, "function": "SECRET-function", "params": {"SECRET": "SECRET"')
+        await client.receive()
+        handlers = host.gateway.functions.handlers
+        handlers["ps"] = lambda caller, call, params: 1 // 0
+        assert (await client.error("ps", all=True))["code"] == "internal"
+        host.worker.say(RunFinished(2, "SECRET-outcome", 0, None, Usage()))
+        await client.receive()
+        async with host.raw(additional_headers={"Authorization": "Bearer SECRET-key"}) as stranger:
+            assert (await stranger.receive())["type"] == "auth_failed"
+    formatter = logging.Formatter("%(name)s %(message)s")
+    # The test's own client says everything.
+    logged = "\n".join(formatter.format(r) for r in caplog.records if not r.name.startswith("websockets.client"))
+    assert "ZeroDivisionError" in logged and "not ours" in logged
+    assert "SECRET" not in logged
+    assert all(key not in logged for key in host.keys.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,18 +11,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from realm.errors import RealmError
+from realm.gateway.frames import text_frame
 from realm.gateway.protocol import FUNCTIONS, GenerateParams, guest_bytes
-from realm.gateway.server import text_frame
-from realm.gateway.session import Action, CheckKey, Chunk, Close, Invoke, Send, Session, State
+from realm.gateway.session import Action, CheckKey, Chunk, Close, Invoke, Refuse, Send, Session, State
 from realm.registry.records import Principal
 
 ALICE = Principal("alice", "k1", False)
 
 
-def open_session(max_calls: int = 8) -> Session:
+def unlimited() -> None:
+    """Any number of calls."""
+
+
+def open_session(max_calls: int = 8, count_call: Callable[[], None] = unlimited) -> Session:
     session = Session(max_calls)
     assert [type(action) for action in session.opened("Bearer key")] == [CheckKey]
-    session.verified(ALICE)
+    session.verified(ALICE, count_call)
     return session
 
 
@@ -37,7 +42,7 @@ def test_a_key_by_message() -> None:
     (required,) = session.opened(None)
     assert sent(required)["type"] == "auth_required"
     assert session.text(b'{"type":"auth","api_key":"secret"}') == [CheckKey("secret")]
-    success, connected = session.verified(ALICE)
+    success, connected = session.verified(ALICE, unlimited)
     assert sent(success)["tenant_id"] == "alice" and sent(connected)["status"] == "connected"
     assert session.state is State.OPEN
 
@@ -54,24 +59,65 @@ def test_after_a_refusal_nothing_counts() -> None:
     session.opened(None)
     session.text(b"{}")
     assert session.text(b'{"type":"auth","api_key":"x"}') == [] and session.binary(bytes(20)) == []
-    assert session.verified(ALICE) == []
+    assert session.verified(ALICE, unlimited) == []
 
 
 def test_a_late_answer_to_a_closed_session() -> None:
     session = Session(8)
     session.opened("Bearer x")
     session.closed()
-    assert session.verified(ALICE) == [] and session.principal is None
+    assert session.verified(ALICE, unlimited) == [] and session.principal is None
+    assert session.refused("late") == [] and session.no_place(RealmError("rate_limited", "late")) == []
 
 
-def test_too_many_early_frames() -> None:
+def test_refusals_say_when_to_come_again() -> None:
     session = Session(8)
     session.opened("Bearer x")
-    actions: list[Action] = []
-    for _ in range(65):
-        actions += session.text(b"{}")
-    (close,) = actions
-    assert isinstance(close, Close) and close.code == 4400
+    failed, close = session.refused("too many", retry_after=2.5)
+    assert sent(failed) == {"type": "auth_failed", "error": "too many", "retry_after": 2.5}
+    assert isinstance(close, Close) and close.code == 4401
+    session = Session(8)
+    session.opened("Bearer x")
+    refused, close = session.no_place(RealmError("rate_limited", "too many", retry_after=1.0))
+    assert sent(refused)["error"] == {"code": "rate_limited", "message": "too many", "retry_after": 1.0}
+    assert isinstance(close, Close) and close.code == 1013
+    assert session.text(b'{"id":1,"function":"health"}') == []
+
+
+def test_frames_before_the_answer_are_a_mistake_of_the_host() -> None:
+    session = Session(8)
+    session.opened("Bearer x")
+    for give in (session.text, session.binary):
+        with pytest.raises(AssertionError):
+            give(b"{}")
+
+
+def test_every_frame_is_counted_before_it_is_looked_at() -> None:
+    left = 3
+
+    def count_call() -> None:
+        nonlocal left
+        if not left:
+            raise RealmError("rate_limited", "too many calls", retry_after=0.5)
+        left -= 1
+
+    session = open_session(count_call=count_call)
+    assert isinstance(session.text(b'{"id":1,"function":"health"}')[0], Invoke)
+    assert sent(session.text(b"no call")[0])["error"]["code"] == "malformed_message"
+    assert sent(session.binary(b"short")[0])["error"]["code"] == "malformed_message"
+    for frame, call in (
+        (b'{"id":2,"function":"health"}', 2),
+        (b'{"id":1,"function":"health"}', 1),
+        (b'{"id":"a","function":"nothing","params":[1,2', None),
+        (b"no call", None),
+    ):
+        (refused,) = session.text(frame)
+        assert isinstance(refused, Refuse)
+        message = json.loads(refused.payload)
+        assert message["id"] == call and message["status"] == "error"
+        assert message["error"]["code"] == "rate_limited" and message["error"]["retry_after"] == 0.5
+    assert isinstance(session.binary(b"short")[0], Refuse)
+    assert session.calls == {1}
 
 
 def test_ids_are_taken_until_finished() -> None:

@@ -7,7 +7,10 @@ import json
 import socket
 from pathlib import Path
 
-from realm.messages import Output, StartRun, StoreGet, StoreSet
+import msgspec
+import pytest
+
+from realm.messages import ErrorInfo, LimitMet, Output, RunFinished, StartRun, StoreGet, StoreSet, Usage
 from realm.settings import GatewayLimits
 from tests.fake_host import FakeWorker, async_test, echo, eventually, fake_host, hang
 
@@ -163,7 +166,8 @@ async def test_a_silent_client_is_cut(tmp_path: Path) -> None:
 
 @async_test
 async def test_a_dead_worker_fails_only_its_runs(tmp_path: Path) -> None:
-    async with fake_host(tmp_path, script=hang, workers=2) as host, host.client() as client:
+    limits = GatewayLimits(worker_wait_seconds=0.2)
+    async with fake_host(tmp_path, script=hang, workers=2, limits=limits) as host, host.client() as client:
         calls = [await client.start("generate", prompt=str(n)) for n in range(4)]
         for worker in host.workers:
             await worker.until(lambda worker: len(worker.starts) == 2)
@@ -177,14 +181,15 @@ async def test_a_dead_worker_fails_only_its_runs(tmp_path: Path) -> None:
         assert {reply["status"] for reply in good} == {"complete"}
         assert sorted(reply["id"] for reply in failed + good) == calls
         await eventually(lambda: host.engine.lost_workers == [1])
-        # Its successor gets runs; with none at all the error says so.
+        # Its successor gets runs; with none at all they wait for a while, then the error says so.
         host.workers[1].script = echo
         await host.add_worker(3)
         assert (await client.data("generate", prompt="x"))["text"] == "x"
         for worker in host.workers[1:]:
             worker.die()
         await eventually(lambda: not host.gateway.runs.workers)
-        assert (await client.error("generate", prompt="x"))["code"] == "worker_lost"
+        error = await client.error("generate", prompt="x")
+        assert error["code"] == "worker_lost" and error["retry_after"] > 0
         assert (await client.data("health"))["status"] == "degraded"
 
 
@@ -203,6 +208,66 @@ async def test_a_worker_that_talks_nonsense_is_cut(tmp_path: Path) -> None:
         host.workers[1].say(Output(1, b"true", 1))
         host.workers[1].finish(1)
         assert (await client.receive())["data"]["text"] == "true"
+
+
+@async_test
+async def test_a_second_hello_ends_only_its_own_link(tmp_path: Path) -> None:
+    async with fake_host(tmp_path, workers=2) as host, host.client() as client:
+        runs = host.gateway.runs
+        good = dict(runs.workers)
+        intruder = FakeWorker(1)
+        await intruder.connect(host.sockets / "gateway")
+        await intruder.closed.wait()
+        assert runs.workers == good
+        twice = host.workers.pop()
+        twice.hello(77)
+        await twice.closed.wait()
+        await eventually(lambda: list(runs.workers) == [1])
+        assert (await client.data("generate", prompt="x"))["text"] == "x"
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        RunFinished(1, "?", 0, None, Usage()),
+        RunFinished(1, "error", 0, ErrorInfo("x", "y", {"a": msgspec.msgpack.Ext(1, b"")}), Usage()),
+    ],
+    ids=["outcome", "details"],
+)
+def test_an_end_that_is_none_costs_its_worker_only(tmp_path: Path, end: RunFinished) -> None:
+    @async_test
+    async def check() -> None:
+        async with fake_host(tmp_path, script=hang, workers=2) as host, host.client() as client:
+            for _ in range(2):
+                await client.start("generate", prompt="x")
+            for worker in host.workers:
+                await worker.until(lambda worker: bool(worker.starts))
+            end.run = host.workers[0].starts[0].run
+            host.workers[0].say(end)
+            await host.workers[0].closed.wait()
+            host.workers[1].finish(host.workers[1].starts[0].run)
+            replies = {reply["status"]: reply for reply in [await client.receive(), await client.receive()]}
+            assert replies.keys() == {"complete", "error"}
+            assert replies["error"]["error"]["code"] == "worker_lost"
+            await eventually(lambda: not host.gateway.quotas.of("alice").running)
+
+    check()
+
+
+@async_test
+async def test_odd_numbers_of_a_worker_reach_the_client_as_json(tmp_path: Path) -> None:
+    nan = float("nan")
+    error = ErrorInfo("guest_trap", "t", {"fuel": nan, "deep": [{"1": [nan]}]}, nan)
+    end = RunFinished(1, "error", 0, error, Usage(wall_seconds=nan, fuel=-(2**63)))
+
+    def script(worker: FakeWorker, start: StartRun) -> None:
+        worker.say(Output(1, b"\xff", -5), end)
+
+    async with fake_host(tmp_path, script=script) as host, host.client() as client:
+        reply = await client.error("generate", prompt="x")
+        assert reply["code"] == "guest_trap" and reply["details"]["fuel"] is None
+        (run,) = (await client.data("ps", all=True))["runs"]
+        assert run["status"] == "error" and run["usage"]["wall_seconds"] is None
 
 
 @async_test
@@ -225,9 +290,11 @@ async def test_a_lost_engine_fails_all_runs_until_it_is_back(tmp_path: Path) -> 
 
 @async_test
 async def test_the_guests_store(tmp_path: Path) -> None:
-    limits = GatewayLimits(store_value_bytes=100, store_tenant_bytes=250)
+    limits = GatewayLimits(store_value_bytes=100)
+    # An entry counts for 64 bytes more than its key and value.
+    defaults = {"store_bytes": 250 + 2 * 64}
     async with (
-        fake_host(tmp_path, script=hang, limits=limits) as host,
+        fake_host(tmp_path, script=hang, limits=limits, defaults=defaults) as host,
         host.client() as alice,
         host.client("bob") as bob,
     ):
@@ -265,6 +332,9 @@ async def test_the_guests_store(tmp_path: Path) -> None:
             10: (0, None),
             11: (0, b"bob"),
         }
+        limits_met = {reply.call: reply.limit for reply in worker.store_replies if reply.limit is not None}
+        assert limits_met == {6: LimitMet("store_bytes", 378, 334)}
+        assert any("store_bytes is 378 bytes, used 334" in reply.message for reply in worker.store_replies)
 
 
 @async_test

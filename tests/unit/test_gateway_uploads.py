@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import os
 import tempfile
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from realm.errors import RealmError
+from realm.gateway.quotas import TenantUse
 from realm.gateway.uploads import Uploads
+from realm.limits import TenantLimits
 from realm.settings import GatewayLimits
 
-LIMITS = GatewayLimits(uploads=3, module_bytes=64, chunk_bytes=16)
+LIMITS = GatewayLimits(chunk_bytes=16, upload_idle_seconds=60.0)
 
 
 class UploadMachine(RuleBasedStateMachine):
@@ -25,20 +29,45 @@ class UploadMachine(RuleBasedStateMachine):
         self.folder = tempfile.TemporaryDirectory()
         names = itertools.count()
         root = Path(self.folder.name)
-        self.uploads = Uploads(LIMITS, lambda: root / str(next(names)))
+        self.now = 1000.0
+        self.use = TenantUse("alice", TenantLimits(uploads=3), lambda: self.now)
+        self.uploads = Uploads(LIMITS, lambda: root / str(next(names)), self.use, lambda: self.now)
         self.model: dict[int, tuple[int, bytes]] = {}
+        self.active: dict[int, float] = {}
         self.committing: set[int] = set()
+        self.elsewhere = 0
 
     @rule(size=st.integers(0, 80), stored=st.booleans())
     def begin(self, size: int, stored: bool) -> None:
         try:
             upload = self.uploads.begin("m", size, "0" * 64, stored=stored)
         except RealmError as error:
-            assert error.code == ("module_too_large" if size > 64 else "busy")
-            assert size > 64 or len(self.model) == 3
+            assert error.code == "rate_limited" and error.details["name"] == "uploads" and error.retry_after
+            assert len(self.model) + self.elsewhere == 3
             return
-        assert size <= 64 and len(self.model) < 3 and upload.number not in self.model
+        assert len(self.model) + self.elsewhere < 3 and upload.number not in self.model
         self.model[upload.number] = (size, bytes(size) if stored else b"")
+        self.active[upload.number] = self.now
+
+    @rule(begun=st.booleans())
+    def another_connection(self, begun: bool) -> None:
+        """Of the same tenant: it takes a place, or gives one back."""
+        if begun and len(self.model) + self.elsewhere < 3:
+            self.use.begin_upload()
+            self.elsewhere += 1
+        elif not begun and self.elsewhere:
+            self.use.end_upload()
+            self.elsewhere -= 1
+
+    @rule(seconds=st.sampled_from([0.0, 1.0, 30.0, 60.0, 61.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+        ended = self.uploads.expire()
+        late = {n for n in self.model if self.now - self.active[n] > 60 and n not in self.committing}
+        assert {number for number, _ in ended} == late
+        for number, error in ended:
+            assert error.code == "upload_idle" and error.details["received"] == len(self.model[number][1])
+            del self.model[number]
 
     @rule(number=st.integers(0, 12), shift=st.sampled_from([0, 0, 0, -1, 1, 2**63]), data=st.binary(max_size=20))
     def chunk(self, number: int, shift: int, data: bytes) -> None:
@@ -54,6 +83,8 @@ class UploadMachine(RuleBasedStateMachine):
             return
         assert offset == len(received) and len(received) + len(data) <= size and number not in self.committing
         self.model[number] = (size, received + data)
+        if data:
+            self.active[number] = self.now
         assert now == len(received) + len(data)
 
     @rule(number=st.integers(0, 12))
@@ -87,15 +118,37 @@ class UploadMachine(RuleBasedStateMachine):
     @invariant()
     def counted(self) -> None:
         assert len(self.uploads) == len(self.model)
+        assert self.use.uploads == len(self.model) + self.elsewhere
         assert len(list(Path(self.folder.name).iterdir())) <= len(self.model)
 
     def teardown(self) -> None:
         self.uploads.close()
+        with pytest.raises(RealmError):
+            self.uploads.begin("m", 1, "0" * 64, stored=False)
         for number in self.committing:
             self.uploads.end(number)
         assert len(self.uploads) == 0 and not list(Path(self.folder.name).iterdir())
+        assert self.use.uploads == self.elsewhere
         self.folder.cleanup()
 
 
 TestUploads = UploadMachine.TestCase
 TestUploads.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+def test_a_full_disk_ends_the_upload(tmp_path: Path) -> None:
+    use = TenantUse("alice", TenantLimits(), lambda: 0.0)
+    uploads = Uploads(LIMITS, lambda: tmp_path / "missing" / "x", use, lambda: 0.0)
+    with pytest.raises(OSError):
+        uploads.begin("m", 10, "0" * 64, stored=False)
+    assert use.uploads == 0 and len(uploads) == 0
+    # Buffered bytes meet the full disk when the file is closed for the commit.
+    uploads = Uploads(LIMITS, lambda: tmp_path / "x", use, lambda: 0.0)
+    number = uploads.begin("m", 10, "0" * 64, stored=False).number
+    uploads.chunk(number, 0, bytes(10))
+    file = uploads._slots[number].file
+    assert file is not None
+    os.dup2(os.open("/dev/full", os.O_WRONLY), file.fileno())
+    with pytest.raises(OSError):
+        uploads.take(number)
+    assert use.uploads == 0 and len(uploads) == 0 and not (tmp_path / "x").exists()

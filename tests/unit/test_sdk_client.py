@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 from typing import Any
 
 import pytest
@@ -13,9 +14,11 @@ from realm_sdk import (
     Client,
     ConnectionLost,
     InvalidRequest,
+    Limit,
     NotFound,
     Output,
     ProtocolError,
+    RateLimited,
     RealmError,
     Started,
     Unavailable,
@@ -56,9 +59,58 @@ async def test_wrong_key() -> None:
             await Client(server.url, "k").open()
 
 
+async def test_too_many_wrong_keys_say_when_to_try_again() -> None:
+    async def script(peer: Peer) -> None:
+        await peer.say(type="auth_failed", error="too many wrong keys", retry_after=20.0)
+        await peer.socket.close(4401, "auth")
+
+    async with fake_server(script, greet=False) as server:
+        with pytest.raises(AuthenticationError, match="too many") as caught:
+            await Client(server.url, "k").open()
+    assert caught.value.retry_after == 20.0
+
+
+async def test_a_good_key_without_a_place() -> None:
+    details = {"name": "connections", "limit": 2, "used": 2, "unit": "connections"}
+
+    async def script(peer: Peer) -> None:
+        error = {"code": "rate_limited", "message": "full", "details": details, "retry_after": 1.0}
+        await peer.say(type="refused", error=error)
+        await peer.socket.close(1013, "full")
+
+    async with fake_server(script, greet=False) as server:
+        with pytest.raises(RateLimited) as caught:
+            await Client(server.url, "k").open()
+    assert (caught.value.details, caught.value.retry_after) == (details, 1.0)
+
+
+async def test_no_place_for_anybody() -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 503 Full\r\nRetry-After: 7\r\nContent-Length: 0\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(Unavailable) as caught:
+            await Client(f"ws://127.0.0.1:{port}", "k").open()
+    assert (caught.value.code, caught.value.retry_after) == ("busy", 7.0)
+
+
+async def test_a_context_for_tls_is_for_wss_only() -> None:
+    with pytest.raises(ConnectionLost, match="ssl"):
+        await Client("ws://127.0.0.1:1", "k", ssl=ssl.create_default_context()).open()
+
+
 @pytest.mark.parametrize(
     ("code", "kind", "text"),
-    [(4401, AuthenticationError, "bye"), (1013, Unavailable, "bye"), (1001, ConnectionLost, "shuts down")],
+    [
+        (4401, AuthenticationError, "bye"),
+        (1013, Unavailable, "bye"),
+        (1001, ConnectionLost, "shuts down"),
+        (1008, ProtocolError, "bye"),
+        (1009, ProtocolError, "bye"),
+    ],
 )
 async def test_closed_during_the_opening(code: int, kind: type[RealmError], text: str) -> None:
     async def script(peer: Peer) -> None:
@@ -300,3 +352,47 @@ async def test_messages_that_arrive_while_the_client_closes_are_dropped() -> Non
         await client.close()
         with pytest.raises(ConnectionLost):
             await run.text()
+
+
+# --- limits --------------------------------------------------------------------------------------
+
+
+async def test_limits_are_typed_and_set() -> None:
+    entry = {"name": "uploads", "value": 4, "unit": "uploads", "from": "tenant", "used": 1, "doc": "in flight"}
+    answer = {"name": "bob", "created": 5.0, "keys": 2, "limits": [entry, {"name": "warp", "value": 1, "used": None}]}
+    heard: list[Any] = []
+
+    async def script(peer: Peer) -> None:
+        for function in ("tenants.show", "tenants.show", "tenants.set", "tenants.set"):
+            call = await peer.expect(function)
+            heard.append(call["params"])
+            await peer.complete(call, **answer)
+        await idle(peer)
+
+    async with fake_server(script) as server, Client(server.url, "k") as client:
+        tenant = await client.show_tenant("bob")
+        assert tenant["uploads"] == Limit("uploads", 4, "uploads", "tenant", 1, "in flight")
+        assert tenant["warp"].used is None and (tenant.name, tenant.keys) == ("bob", 2)
+        with pytest.raises(KeyError):
+            tenant["nothing"]
+        await client.show_tenant()
+        await client.set_limits("bob", {"uploads": 3, "warp": None})
+        await client.set_limits(None, {"uploads": 3})
+    assert heard == [
+        {"name": "bob"},
+        {},
+        {"limits": {"uploads": 3, "warp": None}, "name": "bob"},
+        {"limits": {"uploads": 3}},
+    ]
+
+
+async def test_a_run_log_has_the_error_that_ended_the_run() -> None:
+    async def script(peer: Peer) -> None:
+        call = await peer.expect("logs")
+        lines = [{"level": "info", "text": "one"}]
+        await peer.complete(call, run="r1", lines=lines, error={"code": "guest_trap", "message": "m"})
+        await idle(peer)
+
+    async with fake_server(script) as server, Client(server.url, "k") as client:
+        log = await client.run_log("r1")
+    assert [line.text for line in log.lines] == ["one"] and log.error == {"code": "guest_trap", "message": "m"}

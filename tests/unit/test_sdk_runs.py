@@ -15,6 +15,7 @@ from realm_sdk import (
     Output,
     RealmError,
     Started,
+    Waiting,
     WaitTimeout,
 )
 from tests.unit.sdk_fake_server import Peer, fake_server, idle
@@ -55,6 +56,25 @@ async def test_run_gives_typed_events_in_order() -> None:
     assert isinstance(last, Finished)
     assert (last.code, last.outcome, last.usage.fuel) == (3, "complete", 5)
     assert [event.kind for event in events] == ["started", "output", "log", "output", "finished"]
+
+
+async def test_a_run_that_waits_says_so_and_has_its_id() -> None:
+    async def script(peer: Peer) -> None:
+        run = await peer.expect("run")
+        await peer.stream(run, 0, kind="waiting", run="r5")
+        send = await peer.expect("send")
+        assert send["params"] == {"run": "r5", "data": "early"}
+        await peer.complete(send)
+        await peer.stream(run, 1, kind="started", run="r5")
+        await peer.complete(run, run="r5", code=0, usage=USAGE | {"throttled_seconds": 1.5})
+        await idle(peer)
+
+    async with fake_server(script) as server, Client(server.url, "k") as client, client.run("chat") as run:
+        assert run.id == "r5"
+        await run.send("early")
+        events = [event async for event in run]
+    assert events[:2] == [Waiting("r5"), Started("r5")]
+    assert isinstance(events[2], Finished) and events[2].usage.throttled_seconds == 1.5
 
 
 async def test_text_of_a_streamed_and_of_a_whole_run() -> None:

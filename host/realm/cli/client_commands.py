@@ -10,8 +10,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from rich.table import Table
 
 from realm.cli.connection import DEFAULT_URL, KeyOption, Login, UrlOption, connect, save_login
-from realm.cli.terminal import err, out, printable, size, status, table, usage_line, when, write
-from realm_sdk import RunInfo, SyncClient
+from realm.cli.terminal import err, out, printable, show_error, size, status, table, usage_line, when, write
+from realm_sdk import RealmError, RunInfo, SyncClient
 
 _WIDE = 120
 """Columns that a terminal needs for all that `realm ps` can show."""
@@ -56,7 +56,7 @@ def _runs(runs: list[RunInfo], *, narrow: bool) -> Table:
     for run in runs:
         listed.add_row(
             *(run.run, run.tenant, run.module),
-            f"{run.status} ({run.error.get('code', '?')})" if run.error else run.status,
+            _status(run, narrow=narrow),
             *(() if narrow else (when(run.started),)),
             *(f"{run.seconds:.1f}", str(run.usage.new_tokens)),
             f"{run.usage.fuel / 1e6:,.1f} M" if narrow else f"{run.usage.fuel:,}",
@@ -64,16 +64,35 @@ def _runs(runs: list[RunInfo], *, narrow: bool) -> Table:
     return listed
 
 
+def _status(run: RunInfo, *, narrow: bool) -> str:
+    """With the error of a run that failed and, where there is room, the trap or the limit."""
+    if not run.error:
+        return run.status
+    details = run.error.get("details") or {}
+    why = None if narrow else details.get("trap") or details.get("name")
+    return printable(f"{run.status} ({run.error.get('code', '?')}{f': {why}' if why else ''})")
+
+
 def logs(
     run: Annotated[str, typer.Argument(help="A run's id, such as r17.")], url: UrlOption = None, key: KeyOption = None
 ) -> None:
-    """Print what a run has logged."""
+    """Print what a run has logged; why it failed, if it did, goes to standard error."""
     with connect(url, key) as client:
-        lines = client.logs(run)
-    for line in lines:
+        log = client.run_log(run)
+    for line in log.lines:
         write(f"{line.level:7} {printable(line.text)}\n")
-    if not lines:
+    if not log.lines:
         err().print(f"{printable(run)} has logged nothing")
+    if log.error is not None:
+        error = log.error
+        show_error(
+            RealmError(
+                str(error.get("code", "internal")),
+                str(error.get("message", "")),
+                details=error.get("details") or {},
+                retry_after=error.get("retry_after"),
+            )
+        )
 
 
 def cancel(
@@ -99,8 +118,15 @@ def generate(
         params["seed"] = seed
     with connect(url, key) as client:
         stream = client.stream(prompt, **params)
-        for piece in stream:
-            write(piece.text)
+        last = ""
+        try:
+            for piece in stream:
+                write(piece.text)
+                last = piece.text or last
+        except RealmError:
+            # What it is about to be told begins a line.
+            write("" if last[-1:] in ("", "\n") else "\n")
+            raise
     write("\n")
     if stream.result is not None:
         err().print(usage_line(stream.result.usage), style="dim")

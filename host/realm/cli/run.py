@@ -15,7 +15,8 @@ from realm.cli.terminal import err, printable, status, usage_line, write
 from realm.errors import RealmError
 from realm.models.store import choose_model
 from realm.settings import default_home
-from realm_sdk import Finished, Log, Output, Usage
+from realm_sdk import Finished, Log, Output, Usage, Waiting
+from realm_sdk import RealmError as SdkError
 
 
 def run(
@@ -63,14 +64,22 @@ def _run_there(module: str, data: bytes, stream: bool, seed: int | None, url: st
         raise RealmError("invalid_params", f"the input is not UTF-8 text: {error}") from error
     with connect(url, key) as client:
         output = _Output(stream)
-        for event in client.run(module, text, seed=seed):
-            if isinstance(event, Output):
-                output.add(event.text)
-            elif isinstance(event, Log):
-                _show_log(event.level, event.text)
-            elif isinstance(event, Finished):
-                output.end()
-                _show_end(event.code, event.usage)
+        try:
+            for event in client.run(module, text, seed=seed):
+                if isinstance(event, Waiting):
+                    err().print(f"{event.run} waits for a place", style="dim")
+                elif isinstance(event, Output):
+                    output.add(event.text)
+                elif isinstance(event, Log):
+                    _show_log(event.level, event.text)
+                elif isinstance(event, Finished):
+                    output.end()
+                    _show_end(f"returned {event.code}", event.usage)
+        except SdkError as error:
+            output.end()
+            if usage := error.details.get("usage"):
+                _show_end("failed", msgspec.convert(usage, Usage))
+            raise
 
 
 def _run_here(path: Path, data: bytes, stream: bool, seed: int | None, model: str) -> None:
@@ -93,10 +102,11 @@ def _run_here(path: Path, data: bytes, stream: bool, seed: int | None, model: st
         else:
             output.add(decoder.decode(b"", final=True))
             output.end()
-            _show_end(event.code, Usage(**msgspec.structs.asdict(event.usage)))
-            if event.error is not None:
-                error = event.error
-                raise RealmError(error.code, error.message, details=error.details)
+            failed = event.error
+            how = f"returned {event.code}" if failed is None else "failed"
+            _show_end(how, msgspec.convert(msgspec.structs.asdict(event.usage), Usage))
+            if failed is not None:
+                raise RealmError(failed.code, failed.message, details=failed.details, retry_after=failed.retry_after)
         event = next(events, None)
 
 
@@ -124,5 +134,5 @@ def _show_log(level: str, text: str) -> None:
     err().print(f"{level}: {printable(text)}", style="dim")
 
 
-def _show_end(code: int, usage: Usage) -> None:
-    err().print(f"returned {code}; {usage_line(usage)}", style="dim")
+def _show_end(how: str, usage: Usage) -> None:
+    err().print(f"{how}; {usage_line(usage)}", style="dim")

@@ -22,6 +22,15 @@ def serve(
     model: Annotated[str, typer.Option(help="The model to serve.", show_default="the only one there is")] = "",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = DEFAULT_HOST,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = DEFAULT_PORT,
+    tls_cert: Annotated[
+        Path | None, typer.Option("--tls-cert", dir_okay=False, help="Certificate (with its chain) as a PEM file.")
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option("--tls-key", dir_okay=False, help="The certificate's key as a PEM file.")
+    ] = None,
+    allow_plaintext: Annotated[
+        bool, typer.Option("--allow-plaintext", help="Let other machines connect without TLS: keys can be read.")
+    ] = False,
     workers: Annotated[
         int | None, typer.Option(min=1, max=256, help="Guest worker processes.", show_default="half of the processors")
     ] = None,
@@ -45,6 +54,9 @@ def serve(
         model=model,
         host=host,
         port=port,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        allow_plaintext=allow_plaintext,
         workers=workers or default_workers(),
         dtype=dtype,
         kv_pages=kv_pages,

@@ -33,6 +33,8 @@ HINTS = {
     "address_in_use": "choose another port with --port, or 0 for a free one",
     "already_running": "stop it first, or use another data folder with REALM_HOME",
     "busy": "try again in a moment",
+    "limit_exceeded": "`realm tenants show NAME` lists a tenant's limits; `realm tenants set` (admin key) changes them",
+    "rate_limited": "`realm tenants show NAME` lists a tenant's limits; `realm tenants set` (admin key) changes them",
 }
 """What a person can do about an error, by its code."""
 
@@ -43,6 +45,10 @@ _HARMLESS = "\n\t\u200c\u200d"
 
 _NO_EDGE = 100_000
 """Columns of a console in which nothing is cut or wrapped."""
+
+
+_FRAMES = 20
+"""Most lines of a backtrace that are shown."""
 
 
 def out() -> Console:
@@ -72,10 +78,8 @@ def show_error(error: HostError | SdkError) -> None:
     code, message, details = error.code, error.message, error.details
     console = err()
     console.print(Text(f"{code}: ", style="bold red"), Text(printable(message)), sep="")
-    if backtrace := details.get("backtrace"):
-        lines = backtrace if isinstance(backtrace, list) else str(backtrace).splitlines()
-        for line in lines[:20]:
-            console.print(Text(f"    {printable(str(line))}", style="dim"))
+    for line in _report(details):
+        console.print(Text(printable(line), style="dim"))
     if allowed := details.get("allowed"):
         names = allowed if isinstance(allowed, list) else [allowed]
         console.print(Text(printable(f"allowed: {', '.join(str(name) for name in names)}")))
@@ -85,6 +89,26 @@ def show_error(error: HostError | SdkError) -> None:
         console.print(Text(f"retry after {error.retry_after:g} s"))
     if hint := HINTS.get(code):
         console.print(Text(f"hint: {hint}", style="cyan"))
+
+
+def _report(details: dict[str, Any]) -> Iterator[str]:
+    """How a guest ended: its trap, where that was, what it had taken and done last."""
+    if trap := details.get("trap"):
+        yield f"trap: {trap}"
+    if backtrace := details.get("backtrace"):
+        lines = backtrace if isinstance(backtrace, list) else str(backtrace).splitlines()
+        yield from (f"    {line}" for line in lines[:_FRAMES])
+        if len(lines) > _FRAMES:
+            yield f"    … and {len(lines) - _FRAMES} more"
+    took: list[str] = []
+    if isinstance(fuel := details.get("fuel"), int):
+        took.append(f"fuel {fuel:,}")
+    if isinstance(memory := details.get("memory_bytes"), int):
+        took.append(f"memory {size(memory)}")
+    if call := details.get("last_call"):
+        took.append(f"last host call {call}")
+    if took:
+        yield ", ".join(took)
 
 
 class ErrorGroup(TyperGroup):

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from realm.errors import RealmError
 from realm.gateway.protocol import encode, error_data
-from realm.gateway.runs import Run, usage_data
+from realm.gateway.run import Run, usage_data
 from realm.guests.abi import ErrorCode
 from realm.messages import ErrorInfo, RunFinished
 
@@ -79,11 +79,21 @@ class RunSink:
     def __init__(self, call: Call, *, streamed: bool) -> None:
         self._call = call
         self._streamed = streamed
-        self._text: list[str] = []
+        # Pieces are kept as one buffer: a list of them would take many times their size.
+        self._text = bytearray()
 
     @property
     def behind(self) -> bool:
         return self._streamed and self._call.behind
+
+    @property
+    def collects(self) -> bool:
+        return not self._streamed
+
+    def waiting(self, run: Run) -> None:
+        self._call.run = run
+        if self._streamed:
+            self._call.stream(b'{"kind":"waiting","run":"r%d"}' % run.number)
 
     def started(self, run: Run) -> None:
         self._call.run = run
@@ -94,7 +104,7 @@ class RunSink:
         if self._streamed:
             self._call.stream(b'{"kind":"output","text":%b}' % encode(text))
         else:
-            self._text.append(text)
+            self._text += text.encode()
 
     def log(self, run: Run, level: str, text: str) -> None:
         if self._streamed:
@@ -103,7 +113,7 @@ class RunSink:
     def finished(self, run: Run, outcome: RunFinished) -> None:
         data: dict[str, Any] = {"run": run.id, "code": outcome.code}
         if not self._streamed:
-            data["text"] = "".join(self._text)
+            data["text"] = self._text.decode()
         data["usage"] = usage_data(outcome.usage)
         _finish(self._call, run, outcome, data)
 
@@ -116,18 +126,26 @@ class GenerateSink:
     def __init__(self, call: Call, *, streamed: bool) -> None:
         self._call = call
         self._streamed = streamed
-        self._text: list[str] = []
+        # Pieces are kept as one buffer: a list of them would take many times their size.
+        self._text = bytearray()
         self._index = 0
 
     @property
     def behind(self) -> bool:
         return self._streamed and self._call.behind
 
+    @property
+    def collects(self) -> bool:
+        return True
+
+    def waiting(self, run: Run) -> None:
+        self._call.run = run
+
     def started(self, run: Run) -> None:
         self._call.run = run
 
     def output(self, run: Run, text: str) -> None:
-        self._text.append(text)
+        self._text += text.encode()
         if self._streamed:
             self._piece(text, b"false")
 
@@ -146,7 +164,7 @@ class GenerateSink:
             self._piece("", b"true")
         usage = outcome.usage
         data = {
-            "text": "".join(self._text),
+            "text": self._text.decode(),
             "tokens_generated": usage.new_tokens,
             "prompt_tokens": usage.prompt_tokens,
             "finish_reason": "length" if outcome.code == 1 else "stop",
@@ -169,4 +187,5 @@ def _finish(call: Call, run: Run, outcome: RunFinished, data: dict[str, Any]) ->
         call.cancelled({**data, "reason": run.cancelled or "the guest's worker cancelled it"})
     else:
         error = outcome.error or ErrorInfo("internal", "the run ended with an error that has no description")
-        call.fail(ErrorInfo(error.code, error.message, {**error.details, "run": run.id}, error.retry_after))
+        details = {**error.details, "run": run.id, "usage": usage_data(outcome.usage)}
+        call.fail(ErrorInfo(error.code, error.message, details, error.retry_after))

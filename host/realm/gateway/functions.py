@@ -8,6 +8,7 @@ sink replies.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import secrets
 import time
 from collections.abc import Callable, Coroutine
@@ -19,8 +20,10 @@ from realm import __version__
 from realm.errors import RealmError
 from realm.gateway import protocol as p
 from realm.gateway.calls import Call, GenerateSink, RunSink
-from realm.gateway.runs import Run, parse_run
+from realm.gateway.run import Run, parse_run
+from realm.gateway.tenants import set_limits, show_limits
 from realm.gateway.uploads import Uploads
+from realm.limits import over_limit
 from realm.registry.blobs import hash_and_sync
 from realm.registry.records import ModuleRecord, Principal
 
@@ -74,6 +77,8 @@ class Functions:
             "metadata": self.metadata,
             "tenants.add": self.tenants_add,
             "tenants.list": self.tenants_list,
+            "tenants.show": self.tenants_show,
+            "tenants.set": self.tenants_set,
             "keys.add": self.keys_add,
             "keys.list": self.keys_list,
             "keys.revoke": self.keys_revoke,
@@ -123,9 +128,9 @@ class Functions:
         gateway = self._gateway
         tenant = caller.principal.tenant
         sha256 = gateway.known_module(tenant, module)
-        artifact = gateway.artifacts.known(sha256) if sha256 is not None else None
-        if sha256 is not None and artifact is not None:
-            sink.started(gateway.start_run(tenant, module, sha256, artifact, data, seed, sink))
+        compiled = gateway.artifacts.known(sha256) if sha256 is not None else None
+        if compiled is not None:
+            gateway.start_run(tenant, module, compiled, data, seed, sink)
             return None
         return self._prepare_and_start(tenant, module, data, seed, sink)
 
@@ -133,8 +138,10 @@ class Functions:
         self, tenant: str, module: str, data: bytes, seed: int, sink: RunSink | GenerateSink
     ) -> None:
         gateway = self._gateway
-        sha256, artifact = await gateway.prepare_module(tenant, module)
-        sink.started(gateway.start_run(tenant, module, sha256, artifact, data, seed, sink))
+        # Calls that wait for a compiler keep their input here, so they count as runs that wait.
+        with gateway.runs.preparing(tenant, len(data)):
+            compiled = await gateway.prepare_module(tenant, module)
+        gateway.start_run(tenant, module, compiled, data, seed, sink)
 
     def send(self, caller: Caller, call: Call, params: p.SendParams) -> Result:
         run = self._find(caller, params.run)
@@ -167,11 +174,8 @@ class Functions:
         now = time.monotonic()
         scope = caller.scope
         listed: list[dict[str, Any]] = []
-        for run in reversed(gateway.runs.runs.values()):
-            if len(listed) == limit:
-                break
-            if scope in (None, run.tenant):
-                listed.append({**run.describe(now), "tenant": run.tenant})
+        for run in itertools.islice(gateway.runs.of(scope), limit):
+            listed.append({**run.describe(now), "tenant": run.tenant})
         if params.all and len(listed) < limit:
             rest = limit - len(listed)
             for record in await gateway.registry.run(lambda database: database.list_runs(scope, rest)):
@@ -197,18 +201,22 @@ class Functions:
 
     async def _finished_logs(self, scope: str | None, run_id: str) -> dict[str, Any]:
         number = parse_run(run_id)
-        lines = await self._gateway.registry.run(lambda database: database.run_log(scope, number))
-        return {"run": run_id, "lines": lines}
+        lines, error = await self._gateway.registry.run(lambda database: database.run_log(scope, number))
+        return {"run": run_id, "lines": lines, **({} if error is None else {"error": error})}
 
     # --- modules --------------------------------------------------------------------------------
 
     async def modules_begin(self, caller: Caller, call: Call, params: p.BeginParams) -> dict[str, Any]:
         if params.name == GENERATE:
             raise p.invalid_params("name", f"{GENERATE!r} is the host's own", function="modules.begin")
-        tenant, sha256 = caller.principal.tenant, params.sha256
-        size = await self._gateway.registry.run(lambda database: database.has_content(tenant, sha256))
+        tenant, sha256, size = caller.principal.tenant, params.sha256, params.size
+        limits = self._gateway.quotas.of(tenant).limits
+        if size > limits.module_bytes:
+            text = f"a module of {size:,} bytes is too large"
+            raise over_limit("module_bytes", limits.module_bytes, size, text, code="module_too_large")
+        known = await self._gateway.registry.run(lambda database: database.check_stored(tenant, sha256, size, limits))
         # A wrong size beside a known hash is let through to the upload, where it fails like any other.
-        upload = caller.uploads.begin(params.name, params.size, sha256, stored=size == params.size)
+        upload = caller.uploads.begin(params.name, size, sha256, stored=known == size)
         return {"upload": upload.number, "received": upload.received, "exists": upload.stored}
 
     async def modules_commit(self, caller: Caller, call: Call, params: p.UploadParams) -> dict[str, Any]:
@@ -226,7 +234,7 @@ class Functions:
                     "the content that came has another SHA-256 than announced: upload it again",
                     details={"announced": sha256, "received": found},
                 )
-            compiled = await gateway.artifacts.make(sha256, file)
+            compiled = await gateway.artifacts.make(sha256, file, tenant)
             record = await gateway.commit_module(tenant, upload.name, file, sha256, upload.size, list(compiled.imports))
         finally:
             caller.uploads.end(params.upload)
@@ -278,6 +286,17 @@ class Functions:
 
     async def tenants_list(self, caller: Caller, call: Call, params: p.NoParams) -> dict[str, Any]:
         return {"tenants": await self._gateway.registry.run(lambda database: database.list_tenants())}
+
+    async def tenants_show(self, caller: Caller, call: Call, params: p.ShowTenantParams) -> dict[str, Any]:
+        if caller.scope not in (None, params.name):
+            raise RealmError(
+                "forbidden", "a tenant's key shows this tenant only; others need a key of the admin tenant"
+            )
+        return await show_limits(self._gateway, params.name)
+
+    async def tenants_set(self, caller: Caller, call: Call, params: p.SetLimitsParams) -> dict[str, Any]:
+        await set_limits(self._gateway, params.name, params.limits)
+        return await show_limits(self._gateway, params.name)
 
     async def keys_add(self, caller: Caller, call: Call, params: p.AddKeyParams) -> dict[str, Any]:
         key = await self._gateway.registry.run(lambda database: database.add_key(params.tenant))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,13 +16,16 @@ import msgspec
 
 from realm.channel import listen
 from realm.errors import RealmError
-from realm.gateway.artifacts import Artifacts, Compiler
+from realm.gateway.artifacts import Artifacts, Compiled, Compiler
 from realm.gateway.calls import GenerateSink, RunSink
 from realm.gateway.functions import GENERATE, Functions
+from realm.gateway.guest_store import GuestStore
+from realm.gateway.invoking import internal_error
 from realm.gateway.links import EngineClient, Link
-from realm.gateway.runs import RETRY_SECONDS, Run, RunManager, Worker
-from realm.guests.abi import ErrorCode
-from realm.messages import Shutdown, StoreGet, StoreReply, StoreSet, WorkerEvents, WorkerHello, WorkerToGateway
+from realm.gateway.quotas import RETRY_SECONDS, Quotas
+from realm.gateway.run import Run, Worker
+from realm.gateway.runs import RunManager
+from realm.messages import Shutdown, WorkerEvents, WorkerHello, WorkerToGateway
 from realm.registry.blobs import hash_and_sync
 from realm.registry.database import Database
 from realm.registry.records import LogLine, ModuleRecord, RunRecord
@@ -30,7 +33,7 @@ from realm.registry.thread import Registry
 from realm.settings import ServeSettings
 
 if TYPE_CHECKING:
-    from realm.gateway.server import Connection
+    from realm.gateway.connection import Connection
 
 log = logging.getLogger("realm.gateway")
 
@@ -70,14 +73,20 @@ class Gateway:
         self.worker_joined = asyncio.Event()
         self.no_runs = asyncio.Event()
         self.no_connections = asyncio.Event()
+        self.quotas = Quotas(settings.defaults)
         self.runs = RunManager(
-            settings.limits, on_start=self._run_started, on_finish=self._run_finished, on_store=self._store
+            settings.limits,
+            self.quotas,
+            on_start=self._run_started,
+            on_finish=self._run_finished,
+            on_store=GuestStore(registry, self.quotas, settings.limits.store_value_bytes).request,
+            on_damaged=self._artifact_damaged,
         )
         self.functions = Functions(self)
         self._builtin = builtin / f"{GENERATE}.wasm"
         self._builtin_sha256: str | None = None
         self._modules: dict[tuple[str, str], str] = {}
-        self._epoch: dict[tuple[str, str], int] = {}
+        self._epoch: dict[str, int] = {}
         self._next_run = 1
         self._last_run = 0
         self._reserving = False
@@ -85,9 +94,19 @@ class Gateway:
         self._draining = False
         self._links: dict[Link[Any], Worker | None] = {}
         self._worker_server: asyncio.Server | None = None
+        self._patience: asyncio.TimerHandle | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def open(self, worker_socket: Path) -> None:
-        """Settle what a crash left, and listen for workers on a Unix socket."""
+        """Settle what a crash left, load the limits, and listen for workers on a Unix socket.
+
+        Raises:
+            RealmError: ``invalid_params`` for ``settings.defaults``.
+        """
+        defaults, chosen = await self.registry.run(lambda database: database.load_limits())
+        self.quotas.set_defaults({**self.settings.defaults, **defaults})
+        for tenant, values in chosen.items():
+            self.quotas.set_tenant(tenant, values)
         lost = await self.registry.run(lambda database: database.recover())
         if lost:
             log.warning("%d runs were in progress when the host last ended", lost)
@@ -96,7 +115,12 @@ class Gateway:
         self._last_run = self._next_run + _RUN_BLOCK - 1
         loop = asyncio.get_running_loop()
         self._worker_server = await loop.create_unix_server(
-            lambda: Link[Any](WorkerToGateway, on_message=self._from_worker, on_closed=self._worker_closed),
+            lambda: Link[Any](
+                WorkerToGateway,
+                on_message=self._from_worker,
+                on_closed=self._worker_closed,
+                on_drained=lambda link: self.runs.pump(),
+            ),
             sock=listen(str(worker_socket)),
         )
 
@@ -104,6 +128,10 @@ class Gateway:
         """Tell the workers to end, and forget them."""
         if self._worker_server is not None:
             self._worker_server.close()
+        if self._patience is not None:
+            self._patience.cancel()
+        for task in self._tasks:
+            task.cancel()
         for link in list(self._links):
             link.send(Shutdown())
             link.close()
@@ -123,14 +151,7 @@ class Gateway:
     # --- runs -----------------------------------------------------------------------------------
 
     def start_run(
-        self,
-        tenant: str,
-        module: str,
-        sha256: str,
-        artifact: Path,
-        data: bytes,
-        seed: int,
-        sink: RunSink | GenerateSink,
+        self, tenant: str, module: str, compiled: Compiled, data: bytes, seed: int, sink: RunSink | GenerateSink
     ) -> Run:
         """Raises RealmError as :meth:`RunManager.start` does."""
         if self._next_run > self._last_run:
@@ -139,13 +160,15 @@ class Gateway:
             number=self._next_run,
             tenant=tenant,
             module=module,
-            sha256=sha256,
-            artifact=str(artifact),
+            sha256=compiled.sha256,
+            artifact=str(compiled.artifact),
+            artifact_sha256=compiled.artifact_sha256,
             data=data,
             seed=seed,
-            limits=self.settings.run,
             sink=sink,
         )
+        if run.worker is None and not self.runs.workers:
+            self._watch_waiting(self.limits.worker_wait_seconds)
         self._next_run += 1
         if self._last_run - self._next_run < _RUN_BLOCK // 2 and not self._reserving:
             self._reserving = True
@@ -169,41 +192,117 @@ class Gateway:
         if self._finished_runs % _PRUNE_EVERY == 0:
             self.registry.post(lambda database: database.prune_runs(self.limits.runs_kept))
 
+    def _watch_waiting(self, seconds: float | None) -> None:
+        """End runs that wait for a worker in vain, in so many seconds."""
+        if self._patience is None and seconds is not None:
+            self._patience = asyncio.get_running_loop().call_later(max(seconds, 0.001), self._lose_patience)
+
+    def _lose_patience(self) -> None:
+        self._patience = None
+        self._watch_waiting(self.runs.expire())
+
+    def _artifact_damaged(self, run: Run, again: bool) -> None:
+        log.error("a compiled module's file does not hold what was compiled (module %s); it is made anew", run.sha256)
+        self.artifacts.forget(run.sha256, run.artifact_sha256)
+        if again:
+            self._spawn(self._start_again(run))
+
+    async def _start_again(self, run: Run) -> None:
+        try:
+            compiled = await self._compiled(run.tenant, run.sha256)
+        except Exception as cause:
+            # Whatever it was, the run must end.
+            error = cause if isinstance(cause, RealmError) else internal_error("making a module anew", cause)
+            if run.number in self.runs.runs:
+                self.runs.fail([run], error)
+        else:
+            self.runs.resume(run, str(compiled.artifact), compiled.artifact_sha256)
+            if not self.runs.workers:
+                self._watch_waiting(self.limits.worker_wait_seconds)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # --- limits ---------------------------------------------------------------------------------
+
+    async def change_limits(self, tenant: str | None, changes: Mapping[str, int | None]) -> None:
+        """Set (or with None unset) limits of a tenant, or of all; they count from now on, even if the caller leaves.
+
+        Raises:
+            RealmError: ``tenant_not_found``.
+        """
+        future = self.registry.run(lambda database: database.change_limits(tenant, changes))
+
+        def changed(done: asyncio.Future[dict[str, int]]) -> None:
+            if done.cancelled() or done.exception() is not None:
+                return
+            if tenant is None:
+                self.quotas.set_defaults({**self.settings.defaults, **done.result()})
+                self.runs.limits_changed(self.quotas.known)
+            else:
+                self.quotas.set_tenant(tenant, done.result())
+                self.runs.limits_changed([tenant])
+            self._send_quotas(tenant)
+
+        future.add_done_callback(changed)
+        await asyncio.shield(future)
+
+    def _send_quotas(self, changed: str | None) -> None:
+        """Tell the engine a tenant's limits, or (None) everybody's."""
+        if self.engine is None:
+            return
+        if changed is not None:
+            self.engine.quota(changed, self.quotas.limits(changed))
+            return
+        self.engine.quota("", self.quotas.limits(None))
+        for tenant in self.quotas.chosen:
+            self.engine.quota(tenant, self.quotas.limits(tenant))
+
     # --- modules --------------------------------------------------------------------------------
 
     def known_module(self, tenant: str, name: str) -> str | None:
         """The hash of a module, if it has been looked up before."""
         return self._builtin_sha256 if name == GENERATE else self._modules.get((tenant, name))
 
-    async def prepare_module(self, tenant: str, name: str) -> tuple[str, Path]:
-        """The hash and the artifact of a module, compiled anew where the cache has lost it.
+    async def prepare_module(self, tenant: str, name: str) -> Compiled:
+        """A module as its name stands for it now, compiled anew where the cache has lost it.
 
         Raises:
             RealmError: ``module_not_found``, or what the compiler says.
         """
         if name == GENERATE:
-            sha256 = await asyncio.to_thread(hash_and_sync, self._builtin)
-            self._builtin_sha256 = sha256
-            return sha256, (await self.artifacts.make(sha256, self._builtin)).artifact
-        epoch = self._epoch.get((tenant, name), 0)
+            self._builtin_sha256 = await asyncio.to_thread(hash_and_sync, self._builtin)
+            return await self._compiled(tenant, self._builtin_sha256)
+        epoch = self._epoch.get(tenant, 0)
         record = await self.registry.run(lambda database: database.find_module(tenant, name))
-        if self._epoch.get((tenant, name), 0) == epoch:
+        if self._epoch.get(tenant, 0) == epoch:
             self._modules[tenant, name] = record.sha256
-        artifact = self.artifacts.known(record.sha256)
-        if artifact is None:
-            wasm = await self.registry.run(lambda database: database.borrow_content(tenant, record.sha256))
-            try:
-                artifact = (await self.artifacts.make(record.sha256, wasm)).artifact
-            finally:
-                wasm.unlink(missing_ok=True)
-        return record.sha256, artifact
+        return await self._compiled(tenant, record.sha256)
+
+    async def _compiled(self, tenant: str, sha256: str) -> Compiled:
+        """Content of a tenant, or the host's own, compiled."""
+        compiled = self.artifacts.known(sha256)
+        if compiled is not None:
+            return compiled
+        if sha256 == self._builtin_sha256:
+            return await self.artifacts.make(sha256, self._builtin, tenant)
+        wasm = await self.registry.run(lambda database: database.borrow_content(tenant, sha256))
+        try:
+            return await self.artifacts.make(sha256, wasm, tenant)
+        finally:
+            wasm.unlink(missing_ok=True)
 
     async def commit_module(
         self, tenant: str, name: str, file: Path, sha256: str, size: int, imports: list[str]
     ) -> ModuleRecord:
-        """Make ``file`` the module's next version."""
+        """Make ``file`` the module's next version. Raises RealmError ``limit_exceeded``."""
+        limits = self.quotas.of(tenant).limits
         return await self._change(
-            tenant, name, lambda database: database.commit_module(tenant, name, file, sha256, size, imports)
+            tenant,
+            name,
+            lambda database: database.commit_module(tenant, name, file, sha256, size, imports, limits=limits),
         )
 
     async def remove_module(self, tenant: str, name: str) -> None:
@@ -215,47 +314,13 @@ class Gateway:
         future = self.registry.run(work)
 
         def changed(done: asyncio.Future[T]) -> None:
-            self._epoch[tenant, name] = self._epoch.get((tenant, name), 0) + 1
+            self._epoch[tenant] = self._epoch.get(tenant, 0) + 1
             self._modules.pop((tenant, name), None)
             if not done.cancelled():
                 done.exception()
 
         future.add_done_callback(changed)
         return await asyncio.shield(future)
-
-    # --- the guests' store ----------------------------------------------------------------------
-
-    def _store(self, worker: Worker, tenant: str, request: StoreGet | StoreSet) -> None:
-        limits = self.limits
-        if isinstance(request, StoreSet):
-            key, value = request.key, request.value
-            if len(value) > limits.store_value_bytes:
-                message = f"a value of {len(value)} bytes is over {limits.store_value_bytes}"
-                worker.send(StoreReply(request.call, ErrorCode.LIMIT, message=message))
-                return
-            future: asyncio.Future[Any] = self.registry.run(
-                lambda database: database.store_set(tenant, key, value, tenant_bytes=limits.store_tenant_bytes)
-            )
-        else:
-            name = request.key
-            future = self.registry.run(lambda database: database.store_get(tenant, name))
-
-        def answer(done: asyncio.Future[Any]) -> None:
-            if done.cancelled():
-                return
-            if (error := done.exception()) is not None:
-                reply = StoreReply(request.call, ErrorCode.INTERNAL, message=str(error))
-            elif isinstance(request, StoreGet):
-                value = done.result()
-                reply = StoreReply(request.call, 0 if value is not None else ErrorCode.NOT_FOUND, value)
-            elif done.result():
-                reply = StoreReply(request.call, 0)
-            else:
-                message = f"the tenant's store is full: {limits.store_tenant_bytes} bytes"
-                reply = StoreReply(request.call, ErrorCode.LIMIT, message=message)
-            worker.send(reply)
-
-        future.add_done_callback(answer)
 
     # --- workers and engine ---------------------------------------------------------------------
 
@@ -264,9 +329,12 @@ class Gateway:
         if isinstance(message, WorkerEvents):
             if worker is None:
                 raise ValueError("events before the worker's hello")
+            worker.heard += 1
             self.runs.events(worker, message.events)
         else:
-            self._links[link] = self.runs.add_worker(message.worker, link.send)
+            if worker is not None or message.worker in self.runs.workers:
+                raise ValueError(f"a second hello, or one of worker {message.worker}, which is there already")
+            self._links[link] = self.runs.add_worker(message.worker, link.send, link.unsent)
             self.worker_joined.set()
 
     def _worker_closed(self, link: Link[Any]) -> None:
@@ -274,6 +342,8 @@ class Gateway:
         if worker is None:
             return
         self.runs.lose_worker(worker)
+        if not self.runs.workers:
+            self._watch_waiting(self.limits.worker_wait_seconds)
         asyncio.get_running_loop().call_later(_ENGINE_GRACE, self._bury, worker)
         if self.engine is not None:
             self.engine.worker_lost(worker.number)
@@ -295,6 +365,7 @@ class Gateway:
     def engine_ready(self, engine: EngineClient) -> None:
         """Runs may start again."""
         self.engine = engine
+        self._send_quotas(None)
         self.runs.refuse(None)
 
     def drain(self) -> None:

@@ -14,7 +14,16 @@ import msgspec
 
 from realm.channel import FrameBuffer, frame
 from realm.errors import RealmError
-from realm.messages import EngineReady, EngineStats, EngineToGateway, GatewayHello, StatsRequest, WorkerLost
+from realm.limits import TenantLimits
+from realm.messages import (
+    EngineReady,
+    EngineStats,
+    EngineToGateway,
+    GatewayHello,
+    StatsRequest,
+    TenantQuota,
+    WorkerLost,
+)
 
 log = logging.getLogger("realm.gateway")
 
@@ -32,14 +41,18 @@ class Link(asyncio.Protocol, Generic[T]):
         on_message: Callable[[Link[T], T], None],
         on_closed: Callable[[Link[T]], None],
         on_open: Callable[[Link[T]], None] | None = None,
+        on_drained: Callable[[Link[T]], None] | None = None,
     ) -> None:
+        """``on_drained`` is called when the other end has caught up after it was behind."""
         self._decoder = msgspec.msgpack.Decoder(receives)
         self._buffer = FrameBuffer()
         self._on_message = on_message
         self._on_closed = on_closed
         self._on_open = on_open
+        self._on_drained = on_drained
         self._transport: asyncio.Transport | None = None
         self._pending: list[bytes] = []
+        self._pending_bytes = 0
         self._loop = asyncio.get_running_loop()
 
     def send(self, message: Any) -> None:
@@ -48,7 +61,15 @@ class Link(asyncio.Protocol, Generic[T]):
             return
         if not self._pending:
             self._loop.call_soon(self._flush)
-        self._pending.append(frame(_encode(message)))
+        data = frame(_encode(message))
+        self._pending.append(data)
+        self._pending_bytes += len(data)
+
+    def unsent(self) -> int:
+        """Bytes that the other end has not taken yet."""
+        if self._transport is None:
+            return 0
+        return self._pending_bytes + self._transport.get_write_buffer_size()
 
     def close(self) -> None:
         """Send what is queued, then close."""
@@ -69,20 +90,26 @@ class Link(asyncio.Protocol, Generic[T]):
             self._buffer.feed(data)
             while self._transport is not None and (payload := self._buffer.pop()) is not None:
                 self._on_message(self, self._decoder.decode(payload))
-        except (ValueError, msgspec.MsgspecError):
+        except (ValueError, RecursionError, msgspec.MsgspecError):
             log.exception("a process of the host sent a frame that is not ours; closing its link")
             if self._transport is not None:
                 self._transport.abort()
 
+    def resume_writing(self) -> None:
+        if self._on_drained is not None:
+            self._on_drained(self)
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
         self._pending.clear()
+        self._pending_bytes = 0
         self._on_closed(self)
 
     def _flush(self) -> None:
         if self._transport is not None and self._pending:
             data = b"".join(self._pending)
             self._pending.clear()
+            self._pending_bytes = 0
             self._transport.write(data)
 
 
@@ -131,6 +158,11 @@ class EngineClient:
         """Tell the engine to free what a dead worker owned."""
         if self._link is not None:
             self._link.send(WorkerLost(worker))
+
+    def quota(self, tenant: str, limits: TenantLimits) -> None:
+        """Tell the engine what a tenant may take; "" is everybody not named."""
+        if self._link is not None:
+            self._link.send(TenantQuota(tenant, limits.kv_pages, limits.tokens_per_minute, limits.saved_sequences))
 
     def close(self) -> None:
         if self._link is not None:

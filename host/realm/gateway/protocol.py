@@ -126,6 +126,20 @@ class AddTenantParams(Params):
     name: Annotated[TenantName, Meta(description="lower-case letters, digits, and - _ . inside, at most 63")]
 
 
+class ShowTenantParams(Params):
+    name: (
+        Annotated[TenantName, Meta(description="name of a tenant; without, what counts for all (admin key)")] | None
+    ) = None
+
+
+class SetLimitsParams(Params):
+    limits: Annotated[
+        dict[Annotated[str, Meta(max_length=64)], int | None],
+        Meta(description="limits by their names; null returns one to the default", max_length=64),
+    ]
+    name: Annotated[TenantName, Meta(description="name of a tenant; without, the default of all tenants")] | None = None
+
+
 class AddKeyParams(Params):
     tenant: Annotated[TenantName, Meta(description="name of a tenant")]
 
@@ -232,6 +246,8 @@ def type_name(hint: Any) -> str:
         return type_name(hint.__origin__)
     if get_origin(hint) is list:
         return f"array of {type_name(get_args(hint)[0])}"
+    if get_origin(hint) is dict:
+        return "object"
     if alternatives := get_args(hint):
         return "|".join(type_name(part) for part in alternatives if part is not type(None))
     return _TYPE_NAMES.get(hint, "object")
@@ -254,6 +270,8 @@ _ALL = (
     Function("metadata", NoParams, "The functions of this protocol"),
     Function("tenants.add", AddTenantParams, "Add a tenant", admin=True),
     Function("tenants.list", NoParams, "List tenants", admin=True),
+    Function("tenants.show", ShowTenantParams, "All limits of a tenant, with what it uses"),
+    Function("tenants.set", SetLimitsParams, "Set limits of a tenant, or of all", admin=True),
     Function("keys.add", AddKeyParams, "Make a key for a tenant; it is shown once", admin=True),
     Function("keys.list", ListKeysParams, "List keys, without their secrets", admin=True),
     Function("keys.revoke", RevokeParams, "Revoke a key and close its connections", admin=True),

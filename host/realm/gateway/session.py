@@ -1,13 +1,13 @@
 """One client's side of the protocol, without any I/O: frames in, actions out.
 
-The server (:mod:`realm.gateway.server`) carries the actions out. A session knows whether its
+The connection (:mod:`realm.gateway.connection`) carries the actions out. A session knows whether its
 client has proved who it is and which calls are in progress, and nothing of sockets or runs.
 """
 
 from __future__ import annotations
 
 import enum
-from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Union
 
@@ -29,13 +29,19 @@ from realm.registry.records import Principal
 
 CLOSE_PROTOCOL = 4400
 CLOSE_AUTH = 4401
-_EARLY_FRAMES = 64
-"""Frames kept while a key is looked up; a client that sends more without waiting is closed."""
+CLOSE_TRY_LATER = 1013
 
 
 @dataclass(frozen=True, slots=True)
 class Send:
     """Send a text frame."""
+
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """Send a text frame: the answer to a call beyond the tenant's rate. A client that goes on is slowed."""
 
     payload: bytes
 
@@ -50,7 +56,7 @@ class Close:
 
 @dataclass(frozen=True, slots=True)
 class CheckKey:
-    """Look the key up and tell :meth:`Session.verified`."""
+    """Look the key up and tell :meth:`Session.verified` or :meth:`Session.refused`; give no frames before."""
 
     key: str
 
@@ -73,7 +79,7 @@ class Chunk:
     data: bytes
 
 
-Action = Union[Send, Close, CheckKey, Invoke, Chunk]
+Action = Union[Send, Refuse, Close, CheckKey, Invoke, Chunk]
 
 
 class State(enum.Enum):
@@ -91,7 +97,7 @@ class Session:
     principal: Principal | None = None
     state: State = State.WAITING
     calls: set[int | str] = field(default_factory=set)
-    _early: deque[tuple[bool, bytes]] = field(default_factory=deque)
+    _count_call: Callable[[], None] | None = None
 
     def opened(self, authorization: str | None) -> list[Action]:
         """The WebSocket is open; ``authorization`` is that header of the handshake."""
@@ -103,15 +109,14 @@ class Session:
         self.state = State.CHECKING
         return [CheckKey(key.strip())]
 
-    def verified(self, principal: Principal | None) -> list[Action]:
-        """The answer to :class:`CheckKey`; None for a key that is unknown or revoked."""
+    def verified(self, principal: Principal, count_call: Callable[[], None]) -> list[Action]:
+        """The key is good. ``count_call`` is asked before each call, and raises RealmError to refuse it."""
         if self.state is not State.CHECKING:
             return []
-        if principal is None:
-            return self._refuse("the key is unknown or revoked")
         self.principal = principal
+        self._count_call = count_call
         self.state = State.OPEN
-        actions: list[Action] = [
+        return [
             _send({"type": "auth_success", "tenant_id": principal.tenant}),
             _send(
                 {
@@ -122,10 +127,17 @@ class Session:
                 }
             ),
         ]
-        while self._early:
-            binary, data = self._early.popleft()
-            actions += self.binary(data) if binary else self.text(data)
-        return actions
+
+    def refused(self, reason: str, *, retry_after: float | None = None) -> list[Action]:
+        """There will be no tenant here: a wrong key, none, or an address that has to wait (seconds)."""
+        return [] if self.state in (State.OPEN, State.CLOSED) else self._refuse(reason, retry_after)
+
+    def no_place(self, error: RealmError) -> list[Action]:
+        """The key is good, but the tenant may not have another connection."""
+        if self.state is not State.CHECKING:
+            return []
+        self.closed()
+        return [_send({"type": "refused", "error": error_data(error)}), Close(CLOSE_TRY_LATER, error.message[:120])]
 
     def text(self, data: bytes) -> list[Action]:
         """A text frame came."""
@@ -139,7 +151,7 @@ class Session:
                 self.state = State.CHECKING
                 return [CheckKey(key)]
             case State.CHECKING:
-                return self._keep(False, data)
+                return self._unread()
             case State.CLOSED:
                 return []
 
@@ -149,12 +161,12 @@ class Session:
             case State.OPEN:
                 if len(data) < 16:
                     error = RealmError("malformed_message", "a binary frame is upload (u64), offset (u64), data")
-                    return [_send({"id": None, "status": "error", "error": error_data(error)})]
+                    return [self._over_rate(None) or _error(None, error)]
                 return [Chunk(int.from_bytes(data[:8], "little"), int.from_bytes(data[8:16], "little"), data[16:])]
             case State.WAITING:
                 return self._refuse('the first message must be {"type":"auth","api_key":…}')
             case State.CHECKING:
-                return self._keep(True, data)
+                return self._unread()
             case State.CLOSED:
                 return []
 
@@ -162,19 +174,17 @@ class Session:
         """A call has had its last reply: its id may be used again."""
         self.calls.discard(call)
 
-    def timed_out(self) -> list[Action]:
-        """The time to authenticate is over."""
-        return self._refuse("no key came in time") if self.principal is None else []
-
     def closed(self) -> None:
         """The connection is gone, or will be: nothing that still comes counts."""
         self.state = State.CLOSED
-        self._early.clear()
 
     # --- inside ---------------------------------------------------------------------------------
 
     def _call(self, data: bytes) -> Action:
         call = decode_call(data)
+        # Before anything is done for it; and what is no call costs the host as much as one.
+        if refusal := self._over_rate(call.id):
+            return refusal
         if isinstance(call, Malformed):
             return _error(call.id, call.error)
         if call.id in self.calls:
@@ -186,6 +196,14 @@ class Session:
             return _error(call.id, error)
         self.calls.add(call.id)
         return Invoke(call.id, function, params)
+
+    def _over_rate(self, call: int | str | None) -> Refuse | None:
+        assert self._count_call is not None
+        try:
+            self._count_call()
+        except RealmError as error:
+            return Refuse(encode(_error_message(call, error)))
+        return None
 
     def _check(self, call: Envelope) -> tuple[Function, Params]:
         principal = self.principal
@@ -211,21 +229,24 @@ class Session:
         params = call.params
         return function, function.decode(b"{}" if bytes(params) == b"null" else params)
 
-    def _keep(self, binary: bool, data: bytes) -> list[Action]:
-        if len(self._early) >= _EARLY_FRAMES:
-            self.closed()
-            return [Close(CLOSE_PROTOCOL, "too many frames before the key was checked")]
-        self._early.append((binary, data))
-        return []
+    def _unread(self) -> list[Action]:
+        raise AssertionError("a frame came while the key was being looked up")
 
-    def _refuse(self, reason: str) -> list[Action]:
+    def _refuse(self, reason: str, retry_after: float | None = None) -> list[Action]:
         self.closed()
-        return [_send({"type": "auth_failed", "error": reason}), Close(CLOSE_AUTH, "authentication failed")]
+        message: dict[str, Any] = {"type": "auth_failed", "error": reason}
+        if retry_after is not None:
+            message["retry_after"] = retry_after
+        return [_send(message), Close(CLOSE_AUTH, "authentication failed")]
 
 
 def _send(message: dict[str, Any]) -> Send:
     return Send(encode(message))
 
 
+def _error_message(call: int | str | None, error: RealmError) -> dict[str, Any]:
+    return {"id": call, "status": "error", "error": error_data(error)}
+
+
 def _error(call: int | str | None, error: RealmError) -> Send:
-    return _send({"id": call, "status": "error", "error": error_data(error)})
+    return _send(_error_message(call, error))

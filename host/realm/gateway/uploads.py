@@ -6,12 +6,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 from realm.errors import RealmError
+from realm.gateway.quotas import TenantUse
 from realm.settings import GatewayLimits
 
 
@@ -82,35 +85,38 @@ class _Slot:
     upload: Upload
     path: Path | None
     file: BinaryIO | None
+    active: float
 
 
 @dataclass(slots=True)
 class Uploads:
-    """All uploads of one connection. ``new_file`` gives a fresh path for received bytes."""
+    """All uploads of one connection. ``new_file`` gives a fresh path for received bytes.
+
+    Each one has a place of its tenant's (``use``) from :meth:`begin` until it ends in any way.
+    """
 
     limits: GatewayLimits
     new_file: Callable[[], Path]
+    use: TenantUse
+    clock: Callable[[], float] = time.monotonic
     _slots: dict[int, _Slot] = field(default_factory=dict)
     _next: int = 1
+    _closed: bool = False
 
     def begin(self, name: str, size: int, sha256: str, *, stored: bool) -> Upload:
-        """Raises RealmError ``busy`` or ``module_too_large``."""
-        if size > self.limits.module_bytes:
-            raise RealmError(
-                "module_too_large",
-                f"a module of {size} bytes is over {self.limits.module_bytes}",
-                details={"limit": self.limits.module_bytes, "used": size},
-            )
-        if len(self._slots) >= self.limits.uploads:
-            raise RealmError(
-                "busy",
-                f"{self.limits.uploads} uploads of this connection are in flight: commit or abort one",
-                details={"limit": self.limits.uploads, "used": len(self._slots)},
-                retry_after=1.0,
-            )
+        """The size is checked by the caller. Raises RealmError ``rate_limited`` (the tenant's ``uploads``)."""
+        if self._closed:
+            # A call that was still on its way when the connection went: nobody would end this upload.
+            raise RealmError("upload_not_found", "the connection of this upload is gone")
+        self.use.begin_upload()
+        try:
+            path = None if stored else self.new_file()
+            file = path.open("xb") if path else None
+        except OSError:
+            self.use.end_upload()
+            raise
         upload = Upload(self._next, name, size, sha256, stored, size if stored else 0)
-        path = None if stored else self.new_file()
-        self._slots[upload.number] = _Slot(upload, path, path.open("xb") if path else None)
+        self._slots[upload.number] = _Slot(upload, path, file, self.clock())
         self._next += 1
         return upload
 
@@ -118,26 +124,53 @@ class Uploads:
         """Write a chunk; gives the bytes received so far. Raises RealmError."""
         slot = self._slot(number)
         slot.upload.accept(offset, len(data), self.limits.chunk_bytes)
+        if data:
+            slot.active = self.clock()
         if slot.file is not None:
             slot.file.write(data)
         return slot.upload.received
 
     def take(self, number: int) -> tuple[Upload, Path | None]:
-        """Begin the commit: the upload and its whole file (None if stored), which :meth:`end` deletes."""
+        """Begin the commit: the upload and its whole file (None if stored), which :meth:`end` deletes.
+
+        Raises:
+            RealmError: see :meth:`Upload.begin_commit`; the upload goes on.
+            OSError: the file could not be written; the upload has ended.
+        """
         slot = self._slot(number)
         slot.upload.begin_commit()
         if slot.file is not None:
-            slot.file.close()
+            try:
+                slot.file.close()
+            except OSError:
+                self.end(number)
+                raise
             slot.file = None
         return slot.upload, slot.path
 
     def end(self, number: int) -> None:
-        """Forget an upload and delete its file, if it is still there."""
+        """Forget an upload, give its place back and delete its file, if it is still there."""
         slot = self._slots.pop(number)
+        self.use.end_upload()
         if slot.file is not None:
-            slot.file.close()
+            # A full disk shows again when the rest is written.
+            with contextlib.suppress(OSError):
+                slot.file.close()
         if slot.path is not None:
             slot.path.unlink(missing_ok=True)
+
+    def expire(self) -> list[tuple[int, RealmError]]:
+        """End the uploads that nothing has come for; gives each one's number and what to tell of it."""
+        most = self.limits.upload_idle_seconds
+        late = self.clock() - most
+        ended: list[tuple[int, RealmError]] = []
+        for number, slot in list(self._slots.items()):
+            if slot.active < late and not slot.upload.committing:
+                received = slot.upload.received
+                self.end(number)
+                message = f"nothing came for {most:g} seconds and the upload is gone: begin it again"
+                ended.append((number, RealmError("upload_idle", message, details={"received": received})))
+        return ended
 
     def abort(self, number: int) -> None:
         """Give one up. Raises RealmError ``upload_not_found``, or ``upload_out_of_order`` in its commit."""
@@ -148,6 +181,7 @@ class Uploads:
 
     def close(self) -> None:
         """The connection is gone. An upload being committed is ended by its commit."""
+        self._closed = True
         for number, slot in list(self._slots.items()):
             if not slot.upload.committing:
                 self.end(number)

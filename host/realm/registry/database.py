@@ -8,10 +8,12 @@ must happen only once that commit is on disk (deleting a file) is left in :attr:
 from __future__ import annotations
 
 import hashlib
+import hmac
+import logging
 import secrets
 import sqlite3
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,69 +21,24 @@ from typing import Any
 import msgspec
 
 from realm.errors import RealmError
+from realm.limits import TenantLimits, effective, over_limit
 from realm.registry.blobs import BlobStore
-from realm.registry.records import KeyRecord, LogLine, ModuleRecord, NewKey, Principal, RunRecord, TenantRecord
+from realm.registry.records import (
+    KeyRecord,
+    LogLine,
+    ModuleRecord,
+    NewKey,
+    Principal,
+    RunRecord,
+    Stored,
+    TenantRecord,
+)
+from realm.registry.schema import ENTRY_BYTES, PART_BYTES, prepare
 
-SCHEMA_VERSION = 1
+log = logging.getLogger("realm.registry")
+
 ADMIN_TENANT = "admin"
 KEY_PREFIX = "realm_"
-
-_SCHEMA = """
-CREATE TABLE tenants (
-    name TEXT PRIMARY KEY,
-    created REAL NOT NULL,
-    admin INTEGER NOT NULL,
-    store_bytes INTEGER NOT NULL DEFAULT 0
-) STRICT, WITHOUT ROWID;
-CREATE TABLE keys (
-    hash BLOB PRIMARY KEY,
-    id TEXT NOT NULL UNIQUE,
-    tenant TEXT NOT NULL REFERENCES tenants (name),
-    created REAL NOT NULL,
-    revoked REAL
-) STRICT, WITHOUT ROWID;
-CREATE TABLE versions (
-    tenant TEXT NOT NULL REFERENCES tenants (name),
-    name TEXT NOT NULL,
-    version INTEGER NOT NULL,
-    sha256 TEXT NOT NULL,
-    size INTEGER NOT NULL,
-    created REAL NOT NULL,
-    imports TEXT NOT NULL,
-    PRIMARY KEY (tenant, name, version)
-) STRICT, WITHOUT ROWID;
-CREATE INDEX versions_by_content ON versions (sha256, tenant);
-CREATE TABLE modules (
-    tenant TEXT NOT NULL,
-    name TEXT NOT NULL,
-    version INTEGER NOT NULL,
-    PRIMARY KEY (tenant, name),
-    FOREIGN KEY (tenant, name, version) REFERENCES versions (tenant, name, version)
-) STRICT, WITHOUT ROWID;
-CREATE TABLE runs (
-    number INTEGER PRIMARY KEY,
-    tenant TEXT NOT NULL REFERENCES tenants (name),
-    module TEXT NOT NULL,
-    sha256 TEXT NOT NULL,
-    status TEXT NOT NULL,
-    started REAL NOT NULL,
-    finished REAL,
-    code INTEGER,
-    usage TEXT,
-    error TEXT,
-    log TEXT
-) STRICT;
-CREATE INDEX runs_by_tenant ON runs (tenant, number);
-CREATE INDEX runs_unfinished ON runs (number) WHERE status = 'running';
-CREATE TABLE store (
-    tenant TEXT NOT NULL REFERENCES tenants (name),
-    key TEXT NOT NULL,
-    value BLOB NOT NULL,
-    PRIMARY KEY (tenant, key)
-) STRICT, WITHOUT ROWID;
-CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT, WITHOUT ROWID;
-INSERT INTO counters (name, value) VALUES ('run', 0);
-"""
 
 
 def hash_key(key: str) -> bytes:
@@ -109,15 +66,11 @@ class Database:
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA foreign_keys = ON")
         connection.execute("PRAGMA trusted_schema = OFF")
-        (version,) = connection.execute("PRAGMA user_version").fetchone()
-        if version > SCHEMA_VERSION:
+        try:
+            prepare(connection, path)
+        except BaseException:
             connection.close()
-            raise RealmError(
-                "registry_version",
-                f"{path} has schema {version}, this Realm knows {SCHEMA_VERSION}: use the newer Realm",
-            )
-        if version == 0:
-            connection.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+            raise
 
     def close(self) -> None:
         self.connection.close()
@@ -146,7 +99,9 @@ class Database:
         """At the very first start: tenant ``admin`` and its key. Later: None."""
         if self._row("SELECT 1 FROM tenants LIMIT 1"):
             return None
-        self.connection.execute("INSERT INTO tenants VALUES (?, ?, 1, 0)", (ADMIN_TENANT, self._clock()))
+        self.connection.execute(
+            "INSERT INTO tenants (name, created, admin) VALUES (?, ?, 1)", (ADMIN_TENANT, self._clock())
+        )
         return self.add_key(ADMIN_TENANT)
 
     def reserve_runs(self, count: int) -> int:
@@ -158,11 +113,13 @@ class Database:
         """At a clean end: numbers from ``next_run`` on were not used and may be reserved again."""
         self.connection.execute("UPDATE counters SET value = ? WHERE name = 'run' AND value >= ?", (next_run - 1,) * 2)
 
-    # --- tenants and keys -----------------------------------------------------------------------
+    # --- tenants --------------------------------------------------------------------------------
 
     def add_tenant(self, name: str) -> None:
         try:
-            self.connection.execute("INSERT INTO tenants VALUES (?, ?, 0, 0)", (name, self._clock()))
+            self.connection.execute(
+                "INSERT INTO tenants (name, created, admin) VALUES (?, ?, 0)", (name, self._clock())
+            )
         except sqlite3.IntegrityError:
             raise RealmError("already_exists", f"there is a tenant {name!r} already") from None
 
@@ -173,19 +130,83 @@ class Database:
         )
         return [TenantRecord(*row) for row in rows]
 
+    def find_tenant(self, name: str) -> TenantRecord:
+        """Raises RealmError ``tenant_not_found``."""
+        row = self._row(
+            "SELECT name, created, (SELECT count(*) FROM keys WHERE tenant = name AND revoked IS NULL) "
+            "FROM tenants WHERE name = ?",
+            name,
+        )
+        if row is None:
+            raise _no_tenant(name)
+        return TenantRecord(*row)
+
+    # --- limits ---------------------------------------------------------------------------------
+
+    def load_limits(self) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
+        """The default of all tenants, and the tenants' own values (without tenants that have none).
+
+        What this Realm does not know (another version wrote it) is left out with a line in the log.
+        """
+        (defaults,) = self._row("SELECT value FROM settings WHERE name = 'limits'")
+        chosen = {
+            name: _usable(values, f"tenant {name}")
+            for name, values in self.connection.execute("SELECT name, limits FROM tenants WHERE limits <> '{}'")
+        }
+        return _usable(defaults, "the default"), {name: values for name, values in chosen.items() if values}
+
+    def change_limits(self, tenant: str | None, changes: Mapping[str, int | None]) -> dict[str, int]:
+        """Set (None: unset) values of a tenant, or of (None) the default; gives all that are set now.
+
+        Stored values that this Realm does not know stay, for the one that does.
+
+        Raises:
+            RealmError: ``tenant_not_found``.
+        """
+        if tenant is None:
+            row = self._row("SELECT value FROM settings WHERE name = 'limits'")
+        else:
+            row = self._row("SELECT limits FROM tenants WHERE name = ?", tenant)
+        if row is None:
+            raise _no_tenant(str(tenant))
+        whose = "the default" if tenant is None else f"tenant {tenant}"
+        merged = {**_values(row[0], whose), **changes}
+        text = msgspec.json.encode({name: value for name, value in merged.items() if value is not None}).decode()
+        if tenant is None:
+            self.connection.execute("UPDATE settings SET value = ? WHERE name = 'limits'", (text,))
+        else:
+            self.connection.execute("UPDATE tenants SET limits = ? WHERE name = ?", (text, tenant))
+        return _usable(text, whose)
+
+    def stored(self, tenant: str) -> Stored:
+        """What a tenant keeps here. Raises RealmError ``tenant_not_found``."""
+        row = self._row("SELECT store_bytes FROM tenants WHERE name = ?", tenant)
+        if row is None:
+            raise _no_tenant(tenant)
+        (versions,) = self._row("SELECT count(*) FROM versions WHERE tenant = ?", tenant)
+        # A content counts once, however many versions have it.
+        (size,) = self._row(
+            "SELECT coalesce(sum(size), 0) FROM (SELECT DISTINCT sha256, size FROM versions WHERE tenant = ?)", tenant
+        )
+        return Stored(versions, size, row[0])
+
+    # --- keys -----------------------------------------------------------------------------------
+
     def add_key(self, tenant: str) -> NewKey:
         if not self._row("SELECT 1 FROM tenants WHERE name = ?", tenant):
-            raise RealmError("tenant_not_found", f"there is no tenant {tenant!r}")
+            raise _no_tenant(tenant)
         key = KEY_PREFIX + secrets.token_urlsafe(32)
         key_id = "k" + secrets.token_hex(6)
+        digest = hash_key(key)
         self.connection.execute(
-            "INSERT INTO keys VALUES (?, ?, ?, ?, NULL)", (hash_key(key), key_id, tenant, self._clock())
+            "INSERT INTO keys (id, part, hash, tenant, created) VALUES (?, ?, ?, ?, ?)",
+            (key_id, digest[:PART_BYTES], digest, tenant, self._clock()),
         )
         return NewKey(key, key_id, tenant)
 
     def list_keys(self, tenant: str | None) -> list[KeyRecord]:
         if tenant is not None and not self._row("SELECT 1 FROM tenants WHERE name = ?", tenant):
-            raise RealmError("tenant_not_found", f"there is no tenant {tenant!r}")
+            raise _no_tenant(tenant)
         rows = self.connection.execute(
             "SELECT id, tenant, created, revoked FROM keys WHERE ? IS NULL OR tenant = ? ORDER BY created, id",
             (tenant, tenant),
@@ -201,12 +222,20 @@ class Database:
             raise RealmError("key_not_found", f"there is no key with the id {key_id!r}")
 
     def authenticate(self, key: str) -> Principal | None:
-        """The holder of a key; None if it is unknown or revoked. Compares hashes, never keys."""
-        row = self._row(
-            "SELECT tenant, id, admin FROM keys JOIN tenants ON name = tenant WHERE hash = ? AND revoked IS NULL",
-            hash_key(key),
-        )
-        return Principal(row[0], row[1], bool(row[2])) if row else None
+        """The holder of a key; None if it is unknown or revoked.
+
+        The index knows only a part of each hash; the whole is compared in constant time, so that the time
+        of a refusal says nothing about the hashes that are stored.
+        """
+        digest = hash_key(key)
+        found: Principal | None = None
+        for stored, tenant, key_id, admin in self.connection.execute(
+            "SELECT hash, tenant, id, admin FROM keys JOIN tenants ON name = tenant WHERE part = ? AND revoked IS NULL",
+            (digest[:PART_BYTES],),
+        ):
+            if hmac.compare_digest(stored, digest):
+                found = Principal(tenant, key_id, bool(admin))
+        return found
 
     # --- modules --------------------------------------------------------------------------------
 
@@ -214,6 +243,22 @@ class Database:
         """Size in bytes of content that this tenant itself has stored; None otherwise."""
         row = self._row("SELECT size FROM versions WHERE sha256 = ? AND tenant = ? LIMIT 1", sha256, tenant)
         return int(row[0]) if row else None
+
+    def check_stored(self, tenant: str, sha256: str, size: int, limits: TenantLimits) -> int | None:
+        """Whether a tenant may store one more version, with this content; what :meth:`has_content` gives.
+
+        Raises:
+            RealmError: ``limit_exceeded`` (``stored_modules`` or ``stored_bytes``).
+        """
+        known = self.has_content(tenant, sha256)
+        stored = self.stored(tenant)
+        if stored.modules >= limits.stored_modules:
+            text = "all versions of all modules count: remove a module"
+            raise over_limit("stored_modules", limits.stored_modules, stored.modules, text)
+        if known is None and stored.module_bytes + size > limits.stored_bytes:
+            text = f"{size:,} bytes more are too many: remove a module"
+            raise over_limit("stored_bytes", limits.stored_bytes, stored.module_bytes, text)
+        return known
 
     def borrow_content(self, tenant: str, sha256: str) -> Path:
         """A private name for content this tenant has stored.
@@ -226,9 +271,22 @@ class Database:
         return self._blobs.borrow(sha256)
 
     def commit_module(
-        self, tenant: str, name: str, file: Path, sha256: str, size: int, imports: list[str]
+        self,
+        tenant: str,
+        name: str,
+        file: Path,
+        sha256: str,
+        size: int,
+        imports: list[str],
+        *,
+        limits: TenantLimits,
     ) -> ModuleRecord:
-        """Make ``file`` (synced, its hash checked) the next version of a module; takes the file."""
+        """Make ``file`` (synced, its hash checked) the next version of a module; takes the file.
+
+        Raises:
+            RealmError: as :meth:`check_stored` does; the file is left then.
+        """
+        self.check_stored(tenant, sha256, size, limits)
         self._blobs.adopt(file, sha256)
         (last,) = self._row("SELECT max(version) FROM versions WHERE tenant = ? AND name = ?", tenant, name)
         record = ModuleRecord(name, sha256, size, (last or 0) + 1, self._clock(), imports)
@@ -290,9 +348,11 @@ class Database:
 
     def finish_run(self, run: RunRecord, log: Sequence[LogLine]) -> None:
         self.connection.execute(
-            "UPDATE runs SET status = ?, finished = ?, code = ?, usage = ?, error = ?, log = ? WHERE number = ?",
+            "UPDATE runs SET status = ?, started = ?, finished = ?, code = ?, usage = ?, error = ?, log = ? "
+            "WHERE number = ?",
             (
                 run.status,
+                run.started,
                 run.finished,
                 run.code,
                 msgspec.json.encode(run.usage).decode(),
@@ -303,12 +363,19 @@ class Database:
         )
 
     def prune_runs(self, keep: int) -> int:
-        """Forget the oldest finished runs beyond ``keep``; counts them."""
-        return self.connection.execute(
-            "DELETE FROM runs WHERE status <> 'running' AND number <= "
-            "(SELECT number FROM runs ORDER BY number DESC LIMIT 1 OFFSET ?)",
-            (keep,),
-        ).rowcount
+        """Forget each tenant's oldest finished runs beyond ``keep``; counts them.
+
+        By tenant, so that nobody's runs push another's out.
+        """
+        tenants = [name for (name,) in self.connection.execute("SELECT name FROM tenants")]
+        return sum(
+            self.connection.execute(
+                "DELETE FROM runs WHERE tenant = ?1 AND status <> 'running' AND number <= "
+                "(SELECT number FROM runs WHERE tenant = ?1 ORDER BY number DESC LIMIT 1 OFFSET ?2)",
+                (tenant, keep),
+            ).rowcount
+            for tenant in tenants
+        )
 
     def list_runs(self, tenant: str | None, limit: int) -> list[RunRecord]:
         """The latest finished runs, newest first, of one tenant or (None) of all."""
@@ -333,12 +400,19 @@ class Database:
             for number, owner, module, sha256, status, started, finished, code, usage, error in rows
         ]
 
-    def run_log(self, tenant: str | None, number: int) -> list[LogLine]:
-        """Raises RealmError ``run_not_found`` for another tenant's, too."""
-        row = self._row("SELECT log FROM runs WHERE number = ? AND (? IS NULL OR tenant = ?)", number, tenant, tenant)
+    def run_log(self, tenant: str | None, number: int) -> tuple[list[LogLine], dict[str, Any] | None]:
+        """What a run logged, and the error that it ended with.
+
+        Raises:
+            RealmError: ``run_not_found``; for another tenant's, too.
+        """
+        row = self._row(
+            "SELECT log, error FROM runs WHERE number = ? AND (? IS NULL OR tenant = ?)", number, tenant, tenant
+        )
         if row is None:
             raise RealmError("run_not_found", f"there is no run r{number}")
-        return msgspec.json.decode(row[0], type=list[LogLine]) if row[0] else []
+        lines = msgspec.json.decode(row[0], type=list[LogLine]) if row[0] else []
+        return lines, msgspec.json.decode(row[1]) if row[1] else None
 
     # --- the guests' store ----------------------------------------------------------------------
 
@@ -346,17 +420,19 @@ class Database:
         row = self._row("SELECT value FROM store WHERE tenant = ? AND key = ?", tenant, key)
         return bytes(row[0]) if row else None
 
-    def store_set(self, tenant: str, key: str, value: bytes, *, tenant_bytes: int) -> bool:
-        """Keep ``value``; False (and nothing kept) if keys and values would exceed ``tenant_bytes``.
+    def store_set(self, tenant: str, key: str, value: bytes, *, limit: int) -> None:
+        """Keep ``value``; an empty one deletes the key.
 
-        An empty value deletes the key.
+        Raises:
+            RealmError: ``limit_exceeded`` (``store_bytes``) if all entries would take more than ``limit``
+                bytes; then nothing has changed.
         """
-        size = len(key.encode())
+        size = len(key.encode()) + ENTRY_BYTES
         old = self._row("SELECT length(value) FROM store WHERE tenant = ? AND key = ?", tenant, key)
         (used,) = self._row("SELECT store_bytes FROM tenants WHERE name = ?", tenant)
         change = (size + len(value) if value else 0) - (size + old[0] if old else 0)
-        if change > 0 and used + change > tenant_bytes:
-            return False
+        if change > 0 and used + change > limit:
+            raise over_limit("store_bytes", limit, used, f"the tenant's store has no room for {change:,} bytes more")
         if value:
             self.connection.execute(
                 "INSERT INTO store VALUES (?, ?, ?) ON CONFLICT (tenant, key) DO UPDATE SET value = excluded.value",
@@ -365,4 +441,29 @@ class Database:
         else:
             self.connection.execute("DELETE FROM store WHERE tenant = ? AND key = ?", (tenant, key))
         self.connection.execute("UPDATE tenants SET store_bytes = store_bytes + ? WHERE name = ?", (change, tenant))
-        return True
+
+
+def _no_tenant(name: str) -> RealmError:
+    return RealmError("tenant_not_found", f"there is no tenant {name!r}")
+
+
+def _values(text: str, whose: str) -> dict[str, Any]:
+    """Stored limits as they are; nothing if they cannot be read."""
+    try:
+        return msgspec.json.decode(text, type=dict[str, Any])
+    except msgspec.MsgspecError as error:
+        log.warning("the stored limits of %s cannot be read and are ignored: %s", whose, error)
+        return {}
+
+
+def _usable(text: str, whose: str) -> dict[str, int]:
+    """Of stored limits those that this Realm knows and takes."""
+    usable: dict[str, int] = {}
+    for name, value in _values(text, whose).items():
+        try:
+            effective({name: value})
+        except RealmError as error:
+            log.warning("a stored limit of %s is ignored: %s", whose, error)
+        else:
+            usable[name] = value
+    return usable

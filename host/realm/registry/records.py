@@ -23,6 +23,14 @@ class TenantRecord(msgspec.Struct, frozen=True, gc=False):
     keys: int
 
 
+class Stored(msgspec.Struct, frozen=True, gc=False):
+    """What a tenant keeps: versions of modules, the bytes of their contents, the bytes of the guests' store."""
+
+    modules: int
+    module_bytes: int
+    store_bytes: int
+
+
 class KeyRecord(msgspec.Struct, frozen=True, gc=False):
     """A key without its secret; ``revoked`` is when, or None."""
 

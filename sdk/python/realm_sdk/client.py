@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from ssl import SSLContext
 from types import TracebackType
 from typing import Any, TypeVar
 
 import msgspec
 from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
 
 from realm_sdk.calls import MAX_BUFFERED, Call
-from realm_sdk.errors import AuthenticationError, ConnectionLost, ProtocolError, RealmError, Unavailable
+from realm_sdk.errors import ConnectionLost, ProtocolError, RealmError
 from realm_sdk.events import (
     Generation,
     Health,
@@ -24,9 +25,12 @@ from realm_sdk.events import (
     Module,
     NewKey,
     Processes,
+    RunLog,
     Tenant,
+    TenantLimits,
 )
 from realm_sdk.protocol import Ack, Done, Failed, Item, NeedAuth, Opened, Protocol, ServerEvent, UploadFailed
+from realm_sdk.reasons import closed, not_connected
 from realm_sdk.runs import Run, TextStream
 from realm_sdk.upload import Progress, Source, UploadState, push
 
@@ -49,10 +53,6 @@ class _Modules(msgspec.Struct):
 
 class _Models(msgspec.Struct):
     models: list[Model]
-
-
-class _Lines(msgspec.Struct):
-    lines: list[LogLine]
 
 
 class _Tenants(msgspec.Struct):
@@ -89,12 +89,20 @@ class Client:
         open_timeout: seconds for connecting and authentication together.
         wait_timeout: seconds that one answer may take, of calls that only look up or change something. Runs and
             generations wait as long as they take, unless their own ``wait_timeout`` says how long one message may take.
+        ssl: for ``wss://``: whom to trust. The system's trust store when None (``SSL_CERT_FILE`` names another).
     """
 
     def __init__(
-        self, url: str, api_key: str, *, open_timeout: float = 10.0, wait_timeout: float | None = 30.0
+        self,
+        url: str,
+        api_key: str,
+        *,
+        open_timeout: float = 10.0,
+        wait_timeout: float | None = 30.0,
+        ssl: SSLContext | None = None,
     ) -> None:
         self.url = url
+        self._ssl = ssl
         self._protocol = Protocol(api_key)
         self._open_timeout = open_timeout
         self._wait = wait_timeout
@@ -132,13 +140,17 @@ class Client:
         """Connect and authenticate.
 
         Raises:
-            AuthenticationError: the key was refused.
+            AuthenticationError: the key was refused; ``retry_after`` where too many keys were wrong.
+            RateLimited: the key is good, but its tenant has too many connections.
+            Unavailable: the server has no place for anybody.
             ConnectionLost: nobody answers at the URL, or not as a Realm server does.
         """
         if self._socket is not None:
             raise RuntimeError("this client was opened before: make a new one for a new connection")
         try:
             async with asyncio.timeout(self._open_timeout):
+                # A context that is None must be left out: then the URL decides.
+                tls: Any = {} if self._ssl is None else {"ssl": self._ssl}
                 # Compression would cost more than it saves on small JSON frames; a proxy is taken only if named.
                 self._socket = await _Connect(
                     self.url,
@@ -148,13 +160,14 @@ class Client:
                     max_size=MAX_FRAME,
                     open_timeout=None,
                     close_timeout=5,
+                    **tls,
                 )
                 await self._authenticate(self._socket)
         except TimeoutError:
             await self._drop()
             raise ConnectionLost("connect_failed", f"{self.url} did not answer in {self._open_timeout:g} s") from None
         except (OSError, InvalidHandshake, InvalidURI, ValueError) as error:
-            raise ConnectionLost("connect_failed", _connect_reason(self.url, error)) from error
+            raise not_connected(self.url, error) from error
         except BaseException:
             await self._drop()
             raise
@@ -170,7 +183,7 @@ class Client:
                     self._tenant, self._version = event.tenant, event.version
                     return
         except ConnectionClosed as error:
-            raise _closed(error) from error
+            raise closed(error) from error
 
     async def _drop(self) -> None:
         if self._socket is not None:
@@ -198,7 +211,7 @@ class Client:
                 if event is not None:
                     self._dispatch(event)
         except ConnectionClosed as error:
-            self._lose(_closed(error))
+            self._lose(closed(error))
         except RealmError as error:
             self._lose(error)
             await socket.close(1002, error.code)
@@ -253,7 +266,7 @@ class Client:
         try:
             await self._need_open().send(frame)
         except ConnectionClosed as error:
-            self._lose(_closed(error))
+            self._lose(closed(error))
             assert self._lost is not None
             raise self._lost from error
 
@@ -376,7 +389,11 @@ class Client:
 
     async def logs(self, run: str) -> list[LogLine]:
         """What a run has logged."""
-        return (await self.call("logs", {"run": run}, _Lines)).lines
+        return (await self.run_log(run)).lines
+
+    async def run_log(self, run: str) -> RunLog:
+        """What a run has logged, and the error that it ended with."""
+        return await self.call("logs", {"run": run}, RunLog)
 
     # --- modules, models, the server --------------------------------------------------------------
 
@@ -418,6 +435,23 @@ class Client:
         """All tenants (admin key)."""
         return (await self.call("tenants.list", {}, _Tenants)).tenants
 
+    async def show_tenant(self, name: str | None = None) -> TenantLimits:
+        """All limits of a tenant, with what it uses: one's own, or with an admin key anybody's.
+
+        Without a name (admin key): what counts for tenants without values of their own.
+        """
+        return await self.call("tenants.show", {} if name is None else {"name": name}, TenantLimits)
+
+    async def set_limits(self, name: str | None, limits: Mapping[str, int | None]) -> TenantLimits:
+        """Set limits of a tenant, or (None) the default of all (admin key); None returns one to the default.
+
+        They count at once. Gives all limits as :meth:`show_tenant` does.
+        """
+        params: dict[str, Any] = {"limits": dict(limits)}
+        if name is not None:
+            params["name"] = name
+        return await self.call("tenants.set", params, TenantLimits)
+
     async def add_key(self, tenant: str) -> NewKey:
         """Make a key for a tenant (admin key). The key is shown this once."""
         return await self.call("keys.add", {"tenant": tenant}, NewKey)
@@ -445,33 +479,3 @@ def _whole(message: msgspec.Raw | Done, function: str, result: type[T]) -> T:
         return msgspec.json.decode(message.data, type=result)
     except msgspec.MsgspecError as error:
         raise ProtocolError("protocol_error", f"{function}: the server's data cannot be read: {error}") from error
-
-
-def _closed(error: ConnectionClosed) -> RealmError:
-    """Why the server (or the network) ended the connection."""
-    close = error.rcvd
-    if close is None:
-        return ConnectionLost("connection_lost", "the connection broke off")
-    details = {"close_code": close.code}
-    reason = close.reason or "no reason given"
-    match close.code:
-        case 4401:
-            return AuthenticationError("auth_failed", close.reason or "the server refused the key", details=details)
-        case 1013:
-            return Unavailable(
-                "busy", f"the server takes no more connections: {reason}", details=details, retry_after=1
-            )
-        case 1001:
-            return ConnectionLost("connection_lost", f"the server shuts down: {reason}", details=details, retry_after=1)
-        case 4400:
-            return ProtocolError("protocol_error", f"the server refused a frame: {reason}", details=details)
-        case code:
-            return ConnectionLost("connection_lost", f"the server closed ({code}): {reason}", details=details)
-
-
-def _connect_reason(url: str, error: Exception) -> str:
-    if isinstance(error, InvalidStatus):
-        return f"{url} answered with HTTP status {error.response.status_code}: is it a Realm server?"
-    if isinstance(error, InvalidURI):
-        return f"{url!r} is not a WebSocket URL: it should look like ws://127.0.0.1:8765"
-    return f"no connection to {url}: {error}"

@@ -62,11 +62,15 @@ class GuestFailed(RealmError):
 
 
 class LimitExceeded(RealmError):
-    """A run went over one of its limits; ``details`` have ``limit`` and ``used``."""
+    """A limit of the tenant or of a run; ``details`` have its ``name``, ``limit``, ``used`` and ``unit``."""
 
 
 class Unavailable(RealmError):
     """The server cannot do it now; the same call may succeed after ``retry_after`` seconds."""
+
+
+class RateLimited(LimitExceeded, Unavailable):
+    """A limit of the tenant is used up at the moment; ``retry_after`` says for how long."""
 
 
 class ConnectionLost(RealmError):
@@ -82,8 +86,16 @@ class ProtocolError(RealmError):
 
 
 _INVALID = {"malformed_message", "unknown_function", "invalid_params", "duplicate_id", "already_exists"}
-_LIMITS = {"fuel_exhausted", "wall_time_exceeded", "memory_limit", "output_limit", "token_limit"}
-_UNAVAILABLE = {"busy", "worker_lost", "engine_lost", "shutting_down"}
+_LIMITS = {
+    "limit_exceeded",
+    "fuel_exhausted",
+    "wall_time_exceeded",
+    "first_call_timeout",
+    "memory_limit",
+    "output_limit",
+    "token_limit",
+}
+_UNAVAILABLE = {"busy", "worker_lost", "engine_lost", "shutting_down", "artifact_damaged"}
 
 
 def _class_of(code: str) -> type[RealmError]:
@@ -95,6 +107,8 @@ def _class_of(code: str) -> type[RealmError]:
         return NotFound
     if code in _INVALID or code == "context_length_exceeded":
         return InvalidRequest
+    if code == "rate_limited":
+        return RateLimited
     if code in _LIMITS:
         return LimitExceeded
     if code in _UNAVAILABLE:

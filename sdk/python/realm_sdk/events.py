@@ -15,6 +15,7 @@ class Usage(msgspec.Struct, frozen=True):
         fuel: WebAssembly instructions, about.
         memory_bytes: the guest's peak memory.
         wall_seconds: from start to end. first_call_seconds: from start to the guest's first host call.
+        throttled_seconds: how long the guest was held back because of the tenant's ``fuel_per_second``.
     """
 
     prompt_tokens: int = 0
@@ -26,9 +27,17 @@ class Usage(msgspec.Struct, frozen=True):
     output_bytes: int = 0
     wall_seconds: float = 0.0
     first_call_seconds: float = 0.0
+    throttled_seconds: float = 0.0
 
 
 # --- a run's events ------------------------------------------------------------------------------
+
+
+class Waiting(msgspec.Struct, frozen=True):
+    """The run was taken and waits for a place; ``run`` is its id."""
+
+    run: str
+    kind: ClassVar[Literal["waiting"]] = "waiting"
 
 
 class Started(msgspec.Struct, frozen=True):
@@ -71,7 +80,7 @@ class Finished(msgspec.Struct, frozen=True):
     kind: ClassVar[Literal["finished"]] = "finished"
 
 
-Event: TypeAlias = Started | Output | Log | Finished
+Event: TypeAlias = Waiting | Started | Output | Log | Finished
 
 
 # --- generation ----------------------------------------------------------------------------------
@@ -108,8 +117,8 @@ class RunInfo(msgspec.Struct, frozen=True):
     """One line of ``ps``.
 
     Attributes:
-        status: running, complete, error or cancelled.
-        started: seconds since 1970. seconds: the run's age, or its length once it has ended.
+        status: waiting, running, cancelling, complete, error or cancelled.
+        started: seconds since 1970. seconds: how long it has waited or run, or its length once it has ended.
         error: ``code`` and ``message`` of a run that failed.
     """
 
@@ -135,6 +144,14 @@ class LogLine(msgspec.Struct, frozen=True):
 
     level: str
     text: str
+
+
+class RunLog(msgspec.Struct, frozen=True):
+    """What a run logged, and the ``error`` (``code``, ``message``, ``details``) that it ended with."""
+
+    run: str = ""
+    lines: list[LogLine] = []
+    error: dict[str, Any] | None = None
 
 
 class Module(msgspec.Struct, frozen=True):
@@ -202,6 +219,39 @@ class Tenant(msgspec.Struct, frozen=True):
     name: str
     created: float = 0.0
     keys: int = 0
+
+
+class Limit(msgspec.Struct, frozen=True, rename={"source": "from"}):
+    """One limit of a tenant.
+
+    Attributes:
+        source: ``built-in``, ``default`` (set for all tenants) or ``tenant`` (set for this one).
+        used: None where the server does not know.
+        doc: what it means.
+    """
+
+    name: str
+    value: int
+    unit: str = ""
+    source: str = "built-in"
+    used: int | None = None
+    doc: str = ""
+
+
+class TenantLimits(msgspec.Struct, frozen=True):
+    """All limits of a tenant; ``name`` None is what counts for tenants without values of their own."""
+
+    limits: list[Limit]
+    name: str | None = None
+    created: float = 0.0
+    keys: int = 0
+
+    def __getitem__(self, name: str) -> Limit:
+        """A limit by its name; KeyError if the server has none of that name."""
+        for limit in self.limits:
+            if limit.name == name:
+                return limit
+        raise KeyError(name)
 
 
 class NewKey(msgspec.Struct, frozen=True):

@@ -92,6 +92,7 @@ class _Frame(msgspec.Struct):
     version: str | None = None
     upload: int | None = None
     received: int | None = None
+    retry_after: float | None = None
 
 
 _decoder = msgspec.json.Decoder(_Frame)
@@ -143,6 +144,7 @@ class Protocol:
 
         Raises:
             AuthenticationError: the key was refused.
+            RealmError: the key is good, but there is no place for the connection.
             ProtocolError: the frame is not in the protocol. The connection cannot go on.
         """
         if isinstance(frame, bytes):
@@ -165,7 +167,11 @@ class Protocol:
             return NeedAuth(msgspec.json.encode({"type": "auth", "api_key": self._api_key}).decode())
         if kind == "auth_failed":
             reason = frame.error.message if isinstance(frame.error, _Error) else frame.error or frame.message
-            raise AuthenticationError("auth_failed", reason or "the server refused the key")
+            raise AuthenticationError(
+                "auth_failed", reason or "the server refused the key", retry_after=frame.retry_after
+            )
+        if kind == "refused":
+            raise _error(frame)
         if kind == "upload_ack" and frame.upload is not None and frame.received is not None:
             return Ack(frame.upload, frame.received)
         if kind == "upload_error" and frame.upload is not None:

@@ -10,7 +10,7 @@ import msgspec
 
 from realm_sdk.calls import Call
 from realm_sdk.errors import ProtocolError, RealmError
-from realm_sdk.events import Event, Finished, Generation, Log, Output, Piece, Started
+from realm_sdk.events import Event, Finished, Generation, Log, Output, Piece, Started, Waiting
 from realm_sdk.protocol import Done
 
 if TYPE_CHECKING:
@@ -75,7 +75,10 @@ def _decode(decoder: msgspec.json.Decoder[Any], data: msgspec.Raw, function: str
 
 
 class Run(_Streaming):
-    """A guest's run: iterate it for its events, ``await`` it to know that it has started.
+    """A guest's run: iterate it for its events, ``await`` it to know that the server has taken it.
+
+    A run that has to wait for a place says so (:class:`Waiting`) before it starts; what is sent to it until
+    then, its guest gets at its start.
 
     The run is asked for when it is first iterated, awaited or entered. Leaving the loop (``break``, an
     exception, a cancelled task) cancels the run. ``async with client.run(…) as run`` makes that certain on
@@ -88,7 +91,7 @@ class Run(_Streaming):
 
     @property
     def id(self) -> str | None:
-        """The run's id, once it has started. Without ``stream`` it is known at the end."""
+        """The run's id, once the server has taken it. Without ``stream`` it is known at the end."""
         return self._id
 
     def __await__(self) -> Generator[Any, None, Run]:
@@ -158,6 +161,9 @@ class Run(_Streaming):
         if item.kind == "started":
             self._id = item.run
             return Started(item.run)
+        if item.kind == "waiting":
+            self._id = item.run
+            return Waiting(item.run)
         # A kind that a newer server has and this version does not know.
         return None
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
+from ssl import SSLContext
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -21,7 +22,9 @@ from realm_sdk.events import (
     NewKey,
     Piece,
     Processes,
+    RunLog,
     Tenant,
+    TenantLimits,
 )
 from realm_sdk.runs import Run, TextStream
 from realm_sdk.upload import Progress, Source
@@ -158,9 +161,15 @@ class SyncClient:
     """
 
     def __init__(
-        self, url: str, api_key: str, *, open_timeout: float = 10.0, wait_timeout: float | None = 30.0
+        self,
+        url: str,
+        api_key: str,
+        *,
+        open_timeout: float = 10.0,
+        wait_timeout: float | None = 30.0,
+        ssl: SSLContext | None = None,
     ) -> None:
-        self._client = Client(url, api_key, open_timeout=open_timeout, wait_timeout=wait_timeout)
+        self._client = Client(url, api_key, open_timeout=open_timeout, wait_timeout=wait_timeout, ssl=ssl)
         self._thread: _Loop | None = None
 
     def __enter__(self) -> SyncClient:
@@ -247,6 +256,10 @@ class SyncClient:
         """What a run has logged."""
         return self._loop.wait(self._client.logs(run))
 
+    def run_log(self, run: str) -> RunLog:
+        """What a run has logged, and the error that it ended with."""
+        return self._loop.wait(self._client.run_log(run))
+
     def push(self, name: str, source: Source, progress: Progress | None = None) -> Module:
         """See :meth:`realm_sdk.Client.push`. ``progress`` is called in the client's own thread."""
         return self._loop.wait(self._client.push(name, source, progress))
@@ -278,6 +291,14 @@ class SyncClient:
     def tenants(self) -> list[Tenant]:
         """All tenants (admin key)."""
         return self._loop.wait(self._client.tenants())
+
+    def show_tenant(self, name: str | None = None) -> TenantLimits:
+        """See :meth:`realm_sdk.Client.show_tenant`."""
+        return self._loop.wait(self._client.show_tenant(name))
+
+    def set_limits(self, name: str | None, limits: Mapping[str, int | None]) -> TenantLimits:
+        """See :meth:`realm_sdk.Client.set_limits`."""
+        return self._loop.wait(self._client.set_limits(name, limits))
 
     def add_key(self, tenant: str) -> NewKey:
         """Make a key for a tenant (admin key). The key is shown this once."""

@@ -1,0 +1,58 @@
+"""The guests' key-value store: between what workers ask and the registry."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from realm.errors import RealmError
+from realm.gateway.quotas import Quotas
+from realm.gateway.run import Worker
+from realm.guests.abi import ErrorCode
+from realm.messages import LimitMet, StoreGet, StoreReply, StoreSet
+from realm.registry.thread import Registry
+
+
+class GuestStore:
+    """Answers each request with one :class:`StoreReply`. ``value_bytes`` bounds one value."""
+
+    def __init__(self, registry: Registry, quotas: Quotas, value_bytes: int) -> None:
+        self._registry = registry
+        self._quotas = quotas
+        self._value_bytes = value_bytes
+
+    def request(self, worker: Worker, tenant: str, request: StoreGet | StoreSet) -> None:
+        """Look up or keep a value of a tenant, and tell the worker."""
+        call, key = request.call, request.key
+        future: asyncio.Future[Any]
+        if isinstance(request, StoreGet):
+            future = self._registry.run(lambda database: database.store_get(tenant, key))
+        else:
+            value = request.value
+            if len(value) > self._value_bytes:
+                message = f"a value of {len(value)} bytes is over {self._value_bytes}"
+                worker.send(StoreReply(call, ErrorCode.LIMIT, message=message))
+                return
+            limit = self._quotas.of(tenant).limits.store_bytes
+            future = self._registry.run(lambda database: database.store_set(tenant, key, value, limit=limit))
+
+        def answer(done: asyncio.Future[Any]) -> None:
+            if done.cancelled():
+                return
+            if (error := done.exception()) is not None:
+                worker.send(_refusal(call, error))
+            elif isinstance(request, StoreSet):
+                worker.send(StoreReply(call, 0))
+            else:
+                found = done.result()
+                worker.send(StoreReply(call, 0 if found is not None else ErrorCode.NOT_FOUND, found))
+
+        future.add_done_callback(answer)
+
+
+def _refusal(call: int, error: BaseException) -> StoreReply:
+    if not isinstance(error, RealmError) or error.code != "limit_exceeded":
+        return StoreReply(call, ErrorCode.INTERNAL, message=str(error))
+    details = error.details
+    met = LimitMet(details["name"], details["limit"], details["used"])
+    return StoreReply(call, ErrorCode.LIMIT, message=error.message, limit=met)
