@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 import transformers
 
 from realm.engine.core import EngineCore, EngineOptions, load_engine
+from realm.engine.workers import WORKER_SHIFT
 from realm.messages import CallFailed, EngineOp, EngineResult, Forward, ForwardDone, OpenSequence, SamplingParams
 
 SHAPE: dict[str, Any] = {
@@ -64,9 +67,9 @@ def oracle_logits(model: transformers.PreTrainedModel, tokens: list[int]) -> tor
         return model(torch.tensor([tokens])).logits[0].float()
 
 
-def make_engine(folder: Path, **options: Any) -> EngineCore:
+def make_engine(folder: Path, *, clock: Callable[[], float] = time.monotonic, **options: Any) -> EngineCore:
     defaults: dict[str, Any] = {"dtype": "float32", "pages": 64, "token_budget": 64}
-    return load_engine(folder, EngineOptions(**{**defaults, **options}))
+    return load_engine(folder, EngineOptions(**{**defaults, **options}), clock=clock)
 
 
 def pack(tokens: list[int]) -> bytes:
@@ -81,7 +84,7 @@ class Driver:
     def __init__(self, engine: EngineCore) -> None:
         self.engine = engine
         self._calls = 0
-        self._seqs = 0
+        self._seqs = self.WORKER << WORKER_SHIFT
         self.answers: dict[int, EngineResult] = {}
 
     def open(self, tenant: str = "a", run: int = 1) -> int:

@@ -63,6 +63,7 @@ def run_transformers(model: Path, counts: list[int], prompt: int, new: int) -> d
 
 def run_native(model: Path, counts: list[int], prompt: int, new: int) -> dict[str, Any]:
     from realm.engine.core import EngineOptions, load_engine
+    from realm.engine.workers import WORKER_SHIFT
     from realm.messages import EndRun, Forward, ForwardDone, OpenSequence, SamplingParams
 
     # The pool is that of the server, so that both touch memory alike.
@@ -71,7 +72,8 @@ def run_native(model: Path, counts: list[int], prompt: int, new: int) -> dict[st
     rng = random.Random(1)
     rates = {}
     busy = {}
-    number = 0
+    # An engine takes only numbers of the worker's own range.
+    number = 1 << WORKER_SHIFT
     for count in [1, *counts]:
         began, before = time.perf_counter(), engine.stats().busy_seconds
         run = number + 1
@@ -98,6 +100,16 @@ def run_native(model: Path, counts: list[int], prompt: int, new: int) -> dict[st
     return {"rates": rates, "busy": busy}
 
 
+LIMITS = {
+    "running_guests": 65_536,
+    "fuel_per_second": 1 << 50,
+    "kv_pages": 1 << 50,
+    "tokens_per_minute": 1 << 50,
+    "requests_per_minute": 1 << 50,
+}
+"""One tenant may have the whole machine: what is measured is not a limit."""
+
+
 def memory_megabytes(pid: int) -> dict[str, float]:
     """Of a process and its children: the sum of their peaks, and what they hold now without counting
     shared pages twice. Read once, after the load: sampling it meanwhile slows what it watches."""
@@ -113,8 +125,13 @@ def memory_megabytes(pid: int) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def server(home: Path, model: Path) -> Iterator[tuple[str, str, int]]:
-    """A real ``realm serve`` with a fresh registry: its URL, admin key and process id."""
+def server(
+    home: Path, model: Path, *, limits: dict[str, int] | None = None, **settings: int
+) -> Iterator[tuple[str, str, int]]:
+    """A real ``realm serve`` with a fresh registry: its URL, admin key and process id.
+
+    ``limits`` go before the host's defaults of every tenant's limits; None lifts those that could be met.
+    """
     (home / "models").mkdir(parents=True)
     (home / "models" / model.name).symlink_to(model)
     program = (
@@ -122,10 +139,13 @@ def server(home: Path, model: Path) -> Iterator[tuple[str, str, int]]:
         "from realm.serve import serve\n"
         "from realm.settings import ServeSettings\n"
         "def ready(info): print(json.dumps([info.url, info.admin_key]), flush=True)\n"
-        "asyncio.run(serve(ServeSettings(home=pathlib.Path(sys.argv[1]), model=sys.argv[2], port=0), on_ready=ready))\n"
+        "chosen = json.loads(sys.argv[3])\n"
+        "settings = ServeSettings(home=pathlib.Path(sys.argv[1]), model=sys.argv[2], port=0, **chosen)\n"
+        "asyncio.run(serve(settings, on_ready=ready))\n"
     )
+    chosen = json.dumps({"defaults": LIMITS if limits is None else limits, **settings})
     process = subprocess.Popen(
-        [sys.executable, "-c", program, str(home), model.name], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", program, str(home), model.name, chosen], stdout=subprocess.PIPE, text=True
     )
     try:
         assert process.stdout is not None

@@ -140,13 +140,14 @@ def test_saved_sequences_are_the_tenants_own(driver: Driver) -> None:
     driver.wait(driver.ask(seq, text))
     driver.op(SaveSequence(900, seq, "chat"))
     driver.op(EndRun(1))
-    driver.op(OpenSaved(901, 5000, "a", 2, "chat"))
-    driver.op(OpenSaved(902, 5001, "b", 3, "chat"))
+    mine = driver.fresh()
+    driver.op(OpenSaved(901, mine, "a", 2, "chat"))
+    driver.op(OpenSaved(902, driver.fresh(), "b", 3, "chat"))
     driver.step()
     assert driver.answers.pop(900) == CallDone(900, 33)
     assert driver.answers.pop(901) == CallDone(901, 33)
     assert driver.wait_failed(902).code == ErrorCode.NOT_FOUND
-    (done,) = driver.wait(driver.ask(5000, [4], GREEDY))
+    (done,) = driver.wait(driver.ask(mine, [4], GREEDY))
     assert [done.token] == want
 
 

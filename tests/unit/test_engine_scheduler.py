@@ -9,9 +9,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from realm.engine.kv_cache import PAGE_SIZE, PagePool, root_key
+from realm.engine.kv_cache import PAGE_SIZE, PageHolder, PagePool
 from realm.engine.scheduler import Part, Scheduler
-from realm.engine.sequence import Call, Sequence
+from realm.engine.sequence import Call, Sequence, Tenant
+from realm.engine.tenants import Tenants
+from realm.messages import SamplingParams, TenantQuota
+
+NOTHING = (b"", b"")
+"""What a cleared place of a page holds."""
 
 
 class Harness:
@@ -22,26 +27,35 @@ class Harness:
         self.budget, self.most = budget, most
         self.contents: dict[int, dict[int, tuple[bytes, bytes]]] = {}
         self.sequences: dict[int, Sequence] = {}
+        self.tenants = Tenants("m")
         self.count = 0
+
+    def tenant(self, name: str, kv_pages: int | None = None) -> Tenant:
+        """The account of a tenant; ``kv_pages`` sets its limit."""
+        if kv_pages is not None:
+            self.tenants.set_quota(TenantQuota(name, kv_pages, 1 << 40, 64), 0.0)
+        account = self.tenants.of(name)
+        assert account is not None
+        return account
 
     def open(self, tenant: str) -> Sequence:
         self.count += 1
-        sequence = Sequence(self.count, 1, tenant, 1, self.count, root_key(tenant.encode().ljust(8), "m", ""))
+        sequence = Sequence(self.count, 1, self.tenant(tenant), 1, self.count)
         self.scheduler.add(sequence)
         self.sequences[sequence.id] = sequence
         return sequence
 
     def fork(self, parent: Sequence) -> Sequence:
         self.count += 1
-        child = Sequence(self.count, 1, parent.tenant, 1, self.count, parent.root)
+        child = Sequence(self.count, 1, parent.tenant, 1, self.count)
         self.scheduler.fork(parent, child)
         self.sequences[child.id] = child
         return child
 
-    def ask(self, sequence: Sequence, tokens: list[int]) -> None:
+    def ask(self, sequence: Sequence, tokens: list[int], sampling: SamplingParams | None = None) -> None:
         sequence.tokens.extend(array("I", tokens))
         self.count += 1
-        self.scheduler.submit(sequence, Call(self.count, self.count, len(tokens), None, False))
+        self.scheduler.submit(sequence, Call(self.count, self.count, len(tokens), sampling, False))
 
     def step(self) -> list[Part]:
         """Carry out a plan on the model of the pages, checking what the runner relies on."""
@@ -52,6 +66,9 @@ class Harness:
         copied = {target: dict(self.contents.get(source, {})) for source, target in plan.copies}
         self.contents.update(copied)
         written: set[tuple[int, int]] = set()
+        for page in plan.fresh:
+            assert all(page != pair[1] for pair in plan.copies)
+            self.contents[page] = dict.fromkeys(range(PAGE_SIZE), NOTHING)
         for part in plan.parts:
             sequence = part.sequence
             assert part.start == sequence.computed
@@ -65,6 +82,10 @@ class Harness:
             for position in range(part.start + part.count):
                 page, slot = sequence.pages[position // PAGE_SIZE], position % PAGE_SIZE
                 assert self.contents[page][slot] == self.truth(sequence, position)
+            # The rest of the last page is read, too, and hidden: it is empty or the tenant's own.
+            position = part.start + part.count
+            for slot in range(position % PAGE_SIZE, PAGE_SIZE if position % PAGE_SIZE else 0):
+                assert self.contents[sequence.pages[-1]][slot][0] in (sequence.tenant.root, b"")
         finished = self.scheduler.commit(plan)
         for part in finished:
             part.sequence.call = None
@@ -73,32 +94,42 @@ class Harness:
 
     @staticmethod
     def truth(sequence: Sequence, position: int) -> tuple[bytes, bytes]:
-        return sequence.root, sequence.tokens[: position + 1].tobytes()
+        return sequence.tenant.root, sequence.tokens[: position + 1].tobytes()
 
 
 class SchedulerMachine(RuleBasedStateMachine):
     """Random operations of several tenants on a small cache. Few token values, so prefixes repeat."""
 
-    tokens = st.lists(st.integers(0, 1), min_size=1, max_size=50)
+    tokens = st.lists(st.integers(0, 1), min_size=1, max_size=50) | st.integers(1, 60).map(lambda count: [0] * count)
 
-    @initialize(pages=st.integers(4, 12), budget=st.sampled_from([5, 16, 64]), most=st.sampled_from([2, 8]))
-    def start(self, pages: int, budget: int, most: int) -> None:
+    @initialize(
+        pages=st.integers(4, 12),
+        budget=st.sampled_from([5, 16, 64]),
+        most=st.sampled_from([2, 8]),
+        limits=st.tuples(st.integers(3, 12), st.integers(3, 12)),
+    )
+    def start(self, pages: int, budget: int, most: int, limits: tuple[int, int]) -> None:
         self.h = Harness(pages, budget, most)
-        self.capacity = pages * PAGE_SIZE
+        self.pages = pages
+        for tenant, limit in zip("ab", limits, strict=True):
+            self.h.tenant(tenant, limit)
+
+    def capacity(self, tenant: Tenant) -> int:
+        return min(self.pages, tenant.quota.kv_pages) * PAGE_SIZE
 
     def _idle(self) -> list[Sequence]:
         return [s for s in self.h.sequences.values() if s.call is None]
 
     @rule(tenant=st.sampled_from("abc"), tokens=tokens)
     def open(self, tenant: str, tokens: list[int]) -> None:
-        if len(self.h.sequences) < 10:
+        if len(self.h.sequences) < 10 and len(tokens) <= self.capacity(self.h.tenant(tenant)):
             self.h.ask(self.h.open(tenant), tokens)
 
     @precondition(lambda self: self._idle())
     @rule(data=st.data(), tokens=tokens)
     def ask(self, data: st.DataObject, tokens: list[int]) -> None:
         sequence = data.draw(st.sampled_from(self._idle()))
-        if len(sequence.tokens) + len(tokens) <= self.capacity:
+        if len(sequence.tokens) + len(tokens) <= self.capacity(sequence.tenant):
             self.h.ask(sequence, tokens)
 
     @precondition(lambda self: self._idle())
@@ -132,7 +163,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def drain(self) -> None:
         """Whatever is pending finishes in a bounded number of steps: no deadlock, no starvation."""
-        work = sum(len(s.tokens) + self.capacity for s in self.h.sequences.values())
+        work = sum(len(s.tokens) + self.pages * PAGE_SIZE for s in self.h.sequences.values())
         for _ in range(3 * work + 10):
             if not self.h.scheduler.has_work():
                 return
@@ -145,6 +176,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.h.scheduler.check()
             pool = self.h.scheduler.pool
             assert pool.free + pool.used + pool.cached == pool.total
+            for tenant in self.h.tenants:
+                mine = {page for s in self.h.sequences.values() if s.tenant is tenant for page in s.pages}
+                assert tenant.used == len(mine) <= tenant.quota.kv_pages
 
     def teardown(self) -> None:
         if hasattr(self, "h"):
@@ -209,7 +243,7 @@ def test_the_oldest_takes_pages_from_the_younger_and_both_finish() -> None:
 
 def test_the_pool_notices_double_release() -> None:
     pool = PagePool(2)
-    page = pool.allocate()
+    page = pool.allocate(PageHolder())
     assert page is not None
     pool.release(page)
     with pytest.raises(AssertionError, match="more often"):

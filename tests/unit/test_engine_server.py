@@ -8,28 +8,38 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
-from realm.channel import BlockingChannel, ChannelClosed, connect
+from realm.channel import BlockingChannel, ChannelClosed, connect, listen
+from realm.engine import links
+from realm.engine.links import PeerLink
+from realm.engine.server import GATHER_PATIENCE, EngineServer, Peer
+from realm.engine.workers import WORKER_SHIFT
 from realm.messages import (
+    CallFailed,
     EngineReady,
     EngineReply,
     EngineStats,
     Forward,
     ForwardDone,
+    FreeSequence,
     GatewayHello,
+    LimitMet,
     OpenSequence,
     SamplingParams,
     StatsRequest,
+    TenantQuota,
+    TruncateSequence,
     WorkerHello,
     WorkerLost,
     WorkerTurn,
 )
-from tests.tiny import make_model, pack
+from tests.tiny import make_engine, make_model, pack
 
 FROM_ENGINE = EngineReply | EngineReady | EngineStats
 
@@ -37,7 +47,8 @@ FROM_ENGINE = EngineReply | EngineReady | EngineStats
 class Link:
     """A worker's or the gateway's end."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, worker: int = 0) -> None:
+        self.worker = worker
         self.sock = connect(path)
         self.channel: BlockingChannel[Any] = BlockingChannel(self.sock, FROM_ENGINE)
         self.inbox: list[Any] = []
@@ -50,8 +61,14 @@ class Link:
             self.inbox += self.channel.receive()
         return self.inbox.pop(0)
 
+    def seq(self, number: int) -> int:
+        return (self.worker << WORKER_SHIFT) + number
+
     def call(self, number: int, seq: int, count: int = 3) -> list[Any]:
-        return [OpenSequence(seq, f"t{seq}", 1), Forward(number, seq, pack([5] * count), SamplingParams(), False)]
+        return [OpenSequence(self.seq(seq), f"t{seq}", 1), self.forward(number, seq, [5] * count)]
+
+    def forward(self, call: int, seq: int, tokens: list[int], *, logits: bool = False) -> Forward:
+        return Forward(call, self.seq(seq), pack(tokens), SamplingParams(), logits)
 
 
 class Engine:
@@ -69,14 +86,20 @@ class Engine:
             time.sleep(0.05)
         self.gateway.channel.send(GatewayHello(1))
 
-    def link(self) -> Link:
-        self.links.append(Link(self.path))
+    def link(self, worker: int = 0) -> Link:
+        self.links.append(Link(self.path, worker))
         return self.links[-1]
 
     def worker(self, number: int) -> Link:
-        link = self.link()
+        link = self.link(number)
         link.channel.send(WorkerHello(number, 1))
         return link
+
+    def until(self, holds: Callable[[EngineStats], bool], seconds: float = 20) -> None:
+        deadline = time.monotonic() + seconds
+        while not holds(self.stats()):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
     def stats(self) -> EngineStats:
         self.gateway.channel.send(StatsRequest(1))
@@ -92,9 +115,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def shared(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """One engine for the tests that leave nothing behind, and check that."""
+    yield from running(folder, tmp_path_factory.mktemp("shared"))
+
+
 @pytest.fixture
 def engine(folder: Path, tmp_path: Path) -> Iterator[Engine]:
-    started = Engine(folder, tmp_path / "engine")
+    yield from running(folder, tmp_path)
+
+
+def running(folder: Path, place: Path) -> Iterator[Engine]:
+    started = Engine(folder, place / "engine")
     assert isinstance(started.gateway.next(), EngineReady)
     yield started
     for link in (started.gateway, *started.links):
@@ -114,9 +147,7 @@ def test_two_workers_share_a_step_after_the_first_round(engine: Engine) -> None:
             assert isinstance(reply, EngineReply) and reply.number == turn
             (done,) = reply.results
             assert isinstance(done, ForwardDone)
-            link.channel.send(
-                WorkerTurn([Forward(turn + 1, seq, pack([done.token]), SamplingParams(), False)], reply.number)
-            )
+            link.channel.send(WorkerTurn([link.forward(turn + 1, seq, [done.token])], reply.number))
         if turn == 2:
             before = engine.stats()
     after = engine.stats()
@@ -147,8 +178,152 @@ def test_a_worker_that_fails_leaves_no_page_and_hurts_no_other(engine: Engine, h
     deadline = time.monotonic() + 5
     while engine.stats().pages_used > 1:
         assert time.monotonic() < deadline
-    good.channel.send(WorkerTurn([Forward(2, 20, pack([1]), SamplingParams(), False)], 1))
+    good.channel.send(WorkerTurn([good.forward(2, 20, [1])], 1))
     assert isinstance(good.next().results[0], ForwardDone)
+
+
+def rubbish(kind: str) -> bytes:
+    """Bytes that a worker never sends."""
+    encode = msgspec.msgpack.Encoder().encode
+    payloads: dict[str, Any] = {
+        "not MessagePack": b"\xc1" * 20,
+        "another type": encode({"a": 1}),
+        "unknown message": encode(["nothing", 1]),
+        "too few fields": encode(["fwd", 1]),
+        "wrong types": encode(["turn", "ops", 0]),
+        "an operation of wrong types": encode(["turn", [["new", "x", 1, []]], 0]),
+        "a number beyond 64 bits": encode(["turn", [["free"]], 0])[:-1] + b"\xcf" + b"\xff" * 8 + b"\x00",
+        "deep nesting": encode(["turn", []])[:-1] + b"\x91" * 200_000 + b"\x90",
+        "text that is not UTF-8": b"\x93\xa5hello\xa2\xff\xff\x01",
+        "empty": b"",
+    }
+    payload: bytes = payloads[kind]
+    return len(payload).to_bytes(4, "little") + payload
+
+
+def gone(link: Link) -> bool:
+    """Whether the engine has closed the link."""
+    try:
+        link.next()
+    except (ChannelClosed, ConnectionError):
+        return True
+    return False
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "not MessagePack",
+        "another type",
+        "unknown message",
+        "too few fields",
+        "wrong types",
+        "an operation of wrong types",
+        "a number beyond 64 bits",
+        "deep nesting",
+        "text that is not UTF-8",
+        "empty",
+    ],
+)
+def test_a_frame_that_is_no_message_closes_that_peer_only(shared: Engine, kind: str) -> None:
+    bad, good = shared.worker(1), shared.worker(2)
+    bad.channel.send(WorkerTurn(bad.call(1, 10)))
+    bad.next()
+    bad.sock.setblocking(True)
+    bad.sock.sendall(rubbish(kind))
+    assert gone(bad)
+    good.channel.send(WorkerTurn(good.call(1, 20)))
+    assert isinstance(good.next().results[0], ForwardDone)
+    good.channel.close()
+    shared.until(lambda stats: stats.pages_used == 0)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        GatewayHello(1),
+        StatsRequest(1),
+        WorkerLost(2),
+        TenantQuota("t20", 1, 1, 1),
+        WorkerHello(1, 1),
+        WorkerHello(2, 1),
+        WorkerHello(3, 1),
+    ],
+    ids=str,
+)
+def test_a_worker_that_claims_to_be_somebody_else_is_closed_and_nobody_else_is(shared: Engine, message: Any) -> None:
+    bad, good = shared.worker(1), shared.worker(2)
+    bad.channel.send(WorkerTurn(bad.call(1, 10)))
+    bad.next()
+    good.channel.send(WorkerTurn(good.call(1, 20)))
+    good.next()
+    bad.channel.send(message)
+    assert gone(bad)
+    stranger = shared.link()
+    stranger.channel.send(WorkerHello(2, 1) if isinstance(message, WorkerHello) else message)
+    assert gone(stranger)
+    good.channel.send(WorkerTurn([good.forward(2, 20, [1])], 1))
+    assert isinstance(good.next().results[0], ForwardDone)
+    assert shared.stats().pages_used == 1
+    good.channel.close()
+    shared.until(lambda stats: stats.pages_used == 0)
+
+
+def test_numbers_of_workers_that_would_not_fit_are_refused(shared: Engine) -> None:
+    for number in (-1, 1 << 23, (1 << 63) - 1, -(1 << 63)):
+        link = shared.link()
+        link.channel.send(WorkerHello(number, 1))
+        assert gone(link)
+
+
+def test_limits_come_from_the_gateway(engine: Engine) -> None:
+    engine.gateway.channel.send(TenantQuota("", 2, 1000, 1))
+    link = engine.worker(1)
+    engine.stats()
+    link.channel.send(WorkerTurn(link.call(1, 10, count=40)))
+    (failed,) = link.next().results
+    assert isinstance(failed, CallFailed)
+    assert failed.limit == LimitMet("kv_pages", 2, 3)
+
+
+def test_a_worker_that_does_not_read_keeps_nobody_waiting(engine: Engine) -> None:
+    """It asks for logits for ever, and its socket fills; a good worker is served, and the deaf one's end
+    leaves nothing."""
+    deaf, good = engine.worker(1), engine.worker(2)
+    deaf.channel.send(WorkerTurn([OpenSequence(deaf.seq(1), "deaf", 1)]))
+    for call in range(3000):
+        deaf.channel.send(WorkerTurn([deaf.forward(call, 1, [1], logits=True), TruncateSequence(deaf.seq(1), 0)]))
+        if call % 100 == 0:
+            engine.stats()
+    good.channel.send(WorkerTurn(good.call(1, 20)))
+    token, answered = 0, 0
+    for turn in range(2, 12):
+        reply = good.next()
+        answered = reply.number
+        (done,) = reply.results
+        assert isinstance(done, ForwardDone)
+        token = done.token
+        good.channel.send(WorkerTurn([good.forward(turn, 20, [token])], answered))
+    good.next()
+    deaf.channel.close()
+    engine.until(lambda stats: stats.pages_used == 1)
+
+
+def test_a_flood_of_operations_is_taken_in_portions_and_in_order(engine: Engine) -> None:
+    flood, good = engine.worker(1), engine.worker(2)
+    good.channel.send(WorkerTurn(good.call(1, 20)))
+    good.next()
+    ops: list[Any] = [FreeSequence(flood.seq(number)) for number in range(100_000)]
+    flood.channel.send(WorkerTurn([*flood.call(1, 1), *ops, *flood.call(2, 100_001)]))
+    good.channel.send(WorkerTurn([good.forward(2, 20, [1])], 1))
+    assert isinstance(good.next().results[0], ForwardDone)
+    results = flood.next().results
+    while len(results) < 1:
+        results += flood.next().results
+    # The sequence of the first call is freed by the flood before or after its step; the last call is served.
+    while results[-1].call != 2:
+        results += flood.next().results
+    assert isinstance(results[-1], ForwardDone)
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_process_with_its_reason(tmp_path: Path) -> None:
@@ -162,3 +337,91 @@ def test_a_model_that_cannot_be_loaded_ends_the_process_with_its_reason(tmp_path
     assert done.returncode == 1
     assert "model_invalid: config.json cannot be read" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+# --- the parts, without a process -------------------------------------------------------------------
+
+
+def pair() -> tuple[PeerLink, socket.socket]:
+    ours, theirs = socket.socketpair()
+    return PeerLink(ours), theirs
+
+
+def test_what_a_peer_does_not_read_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(links, "MAX_UNREAD", 1 << 20)
+    link, theirs = pair()
+    with theirs:
+        reply = EngineReply(1, [CallFailed(1, -1, "x" * 100_000)])
+        sent = 0
+        while link.send(reply):
+            sent += 1
+            assert sent < 100
+        assert link.unread > 1 << 20
+        # What it reads after all arrives whole and in order.
+        channel: BlockingChannel[Any] = BlockingChannel(theirs, FROM_ENGINE)
+        got: list[Any] = []
+        while len(got) <= sent:
+            link.flush()
+            got += channel.receive()
+        assert got == [reply] * (sent + 1)
+        assert link.unread == 0
+    link.close()
+
+
+def test_a_frame_longer_than_a_turn_may_be_is_refused_before_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(links, "MAX_TURN", 1 << 16)
+    link, theirs = pair()
+    with theirs:
+        theirs.sendall((1 << 20).to_bytes(4, "little") + bytes(1 << 16))
+        assert link.receive() == []
+        theirs.sendall(bytes(8))
+        with pytest.raises(ValueError, match="longer"):
+            link.receive()
+    link.close()
+
+
+def test_a_flood_is_read_in_portions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(links, "READ_PORTION", 1000)
+    monkeypatch.setattr(links, "_READ_SIZE", 500)
+    link, theirs = pair()
+    with theirs:
+        data = msgspec.msgpack.encode(StatsRequest(1))
+        theirs.sendall((len(data).to_bytes(4, "little") + data) * 1000)
+        total, reads = 0, 0
+        while total < 1000:
+            got = len(link.receive())
+            assert 0 < got <= 1500 // len(data)
+            total, reads = total + got, reads + 1
+        assert reads > 5
+    with pytest.raises(ChannelClosed):
+        link.receive()
+    link.close()
+
+
+def test_a_worker_that_never_answers_is_soon_not_waited_for(folder: Path, tmp_path: Path) -> None:
+    with contextlib.closing(listen(str(tmp_path / "s"))) as listener:
+        server = EngineServer(make_engine(folder), listener, 0.0)
+        link, theirs = pair()
+        peer = Peer(link, worker=1, sent=1)
+        server._workers[1] = peer
+        waits: list[float | None] = []
+        receive = server._receive
+
+        def counted(timeout: float | None) -> None:
+            waits.append(timeout)
+            receive(timeout)
+
+        server._receive = counted  # type: ignore[method-assign]
+        for _ in range(GATHER_PATIENCE):
+            before = len(waits)
+            server._gather()
+            assert len(waits) > before
+        before = len(waits)
+        server._gather()
+        assert len(waits) == before
+        server._turn(peer, WorkerTurn([], 1))
+        peer.sent += 1
+        server._gather()
+        assert len(waits) > before
+        theirs.close()
+        link.close()

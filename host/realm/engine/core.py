@@ -5,22 +5,27 @@
 
 from __future__ import annotations
 
-import secrets
+import logging
 import time
 from array import array
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from realm.engine.kv_cache import PAGE_SIZE, root_key
+from realm.engine.checking import sampling_fault
+from realm.engine.kv_cache import PAGE_SIZE
 from realm.engine.runner import ModelRunner
 from realm.engine.sampling import draw
 from realm.engine.scheduler import Part, Scheduler
-from realm.engine.sequence import Call, Sequence
+from realm.engine.sequence import BYTES_PER_PAGE, Call, Sequence, Tenant
+from realm.engine.tenants import MAX_NAME, Tenants
+from realm.engine.workers import Workers
 from realm.errors import RealmError
 from realm.guests.abi import ErrorCode
+from realm.limits import LIMITS
 from realm.messages import (
     CallDone,
     CallFailed,
@@ -32,18 +37,19 @@ from realm.messages import (
     Forward,
     ForwardDone,
     FreeSequence,
+    LimitMet,
     OpenSaved,
     OpenSequence,
+    SamplingParams,
     SaveSequence,
-    TenantStats,
+    TenantQuota,
     TruncateSequence,
 )
 from realm.models.config import ModelConfig
 from realm.models.llama import LlamaModel
 from realm.models.loading import Progress, load_weights
 
-MAX_SAVED_PER_TENANT = 64
-"""Saved sequences a tenant may hold; their pages can be taken at any time, their tokens stay."""
+log = logging.getLogger("realm.engine")
 
 
 @dataclass(frozen=True)
@@ -68,23 +74,25 @@ class EngineOptions:
 class EngineCore:
     """Sequences, their pending calls and the model. One thread owns it.
 
-    Operations that name an unknown sequence come only from a defective worker (workers check their
-    guests' handles), so they fail that call or are dropped; they never raise.
+    A worker that was taken over may send anything (:mod:`realm.engine.workers` says what it reaches).
+    A wrong operation fails its call or is dropped; none raises, or costs more than its tenant's share
+    of pages, tokens and memory.
     """
 
-    def __init__(self, name: str, runner: ModelRunner, scheduler: Scheduler) -> None:
+    def __init__(
+        self, name: str, runner: ModelRunner, scheduler: Scheduler, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """``clock``: seconds, for rates; its zero does not matter."""
         self.name = name
         self.config = runner.model.config
         self.scheduler = scheduler
+        self.tenants = Tenants(name)
+        scheduler.clock = clock
+        self._clock = clock
         self._runner = runner
-        self._sequences: dict[int, Sequence] = {}
-        self._by_run: dict[int, dict[int, Sequence]] = {}
-        self._saved: dict[tuple[str, str], Sequence] = {}
-        self._saved_ids = -1
-        self._salts: dict[str, bytes] = {}
+        self._workers = Workers(scheduler, self.tenants)
         self._results: dict[int, list[EngineResult]] = {}
         self._order = 0
-        self._tenants: dict[str, TenantStats] = {}
         self.steps = 0
         self._step_sequences = 0
         self._max_step = 0
@@ -93,71 +101,50 @@ class EngineCore:
 
     # --- operations -----------------------------------------------------------------------------
 
-    def submit(self, worker: int, ops: list[EngineOp]) -> None:
+    def submit(self, worker: int, ops: Iterable[EngineOp]) -> None:
         """Apply a worker's operations in order. Results come from :meth:`step`."""
+        workers = self._workers
+        sequences = workers.of(worker).sequences
+        now = self._clock()
         for op in ops:
             match op:
                 case Forward():
-                    self._forward(worker, op)
+                    self._forward(worker, sequences.get(op.seq), op, now)
                 case OpenSequence():
-                    self._open(op.seq, worker, op.tenant, op.run)
+                    workers.open(worker, op.seq, op.tenant, op.run)
                 case ForkSequence():
-                    parent = self._own(worker, op.parent)
-                    if parent is not None and op.child not in self._sequences:
-                        child = self._new(op.child, worker, parent.tenant, parent.run)
-                        self.scheduler.fork(parent, child)
-                        self._register(child)
+                    workers.fork(worker, op.parent, op.child)
                 case TruncateSequence():
-                    sequence = self._own(worker, op.seq)
+                    sequence = sequences.get(op.seq)
                     if sequence is not None and sequence.call is None and op.length >= 0:
                         self.scheduler.truncate(sequence, op.length)
                 case FreeSequence():
-                    sequence = self._own(worker, op.seq)
-                    if sequence is not None:
-                        self._drop(sequence)
+                    workers.free(worker, op.seq)
                 case EndRun():
-                    for sequence in list(self._by_run.get(op.run, {}).values()):
-                        if sequence.worker == worker:
-                            self._drop(sequence)
+                    workers.end_run(worker, op.run)
                 case SaveSequence():
-                    self._save(worker, op)
+                    self._save(worker, sequences.get(op.seq), op)
                 case OpenSaved():
                     self._open_saved(worker, op)
 
-    def _own(self, worker: int, seq: int) -> Sequence | None:
-        sequence = self._sequences.get(seq)
-        return sequence if sequence is not None and sequence.worker == worker else None
-
-    def _new(self, seq: int, worker: int, tenant: str, run: int) -> Sequence:
-        self._order += 1
-        salt = self._salts.setdefault(tenant, secrets.token_bytes(32))
-        return Sequence(seq, worker, tenant, run, self._order, root_key(salt, self.name, ""))
-
-    def _register(self, sequence: Sequence) -> None:
-        self._sequences[sequence.id] = sequence
-        self._by_run.setdefault(sequence.run, {})[sequence.id] = sequence
-
-    def _open(self, seq: int, worker: int, tenant: str, run: int) -> Sequence | None:
-        if seq in self._sequences:
-            return None
-        sequence = self._new(seq, worker, tenant, run)
-        self.scheduler.add(sequence)
-        self._register(sequence)
-        return sequence
-
-    def _drop(self, sequence: Sequence) -> None:
-        self.scheduler.remove(sequence)
-        del self._sequences[sequence.id]
-        of_run = self._by_run[sequence.run]
-        del of_run[sequence.id]
-        if not of_run:
-            del self._by_run[sequence.run]
+    def set_quota(self, quota: TenantQuota) -> None:
+        """Set what a tenant may take from now on. Pending calls that can no longer fit fail."""
+        for tenant in self.tenants.set_quota(quota, self._clock()):
+            for sequence in [*tenant.decodes.values(), *tenant.prompts.values()]:
+                met = tenant.over_pages(-(-len(sequence.tokens) // PAGE_SIZE))
+                if met is not None and (call := sequence.call) is not None:
+                    self.scheduler.cancel(sequence)
+                    self._take_back(sequence, call)
+                    self._fail_limit(sequence.worker, call.number, met)
 
     def drop_worker(self, worker: int) -> None:
         """A worker died: forget its sequences and calls."""
-        for sequence in [s for s in self._sequences.values() if s.worker == worker]:
-            self._drop(sequence)
+        self._workers.drop(worker)
         self._results.pop(worker, None)
+
+    def _take_back(self, sequence: Sequence, call: Call) -> None:
+        """A call that fails leaves its sequence as it was before."""
+        self.scheduler.truncate(sequence, len(sequence.tokens) - call.count)
 
     def _answer(self, worker: int, result: EngineResult) -> None:
         self._results.setdefault(worker, []).append(result)
@@ -165,73 +152,100 @@ class EngineCore:
     def _fail(self, worker: int, call: int, code: ErrorCode, message: str) -> None:
         self._answer(worker, CallFailed(call, int(code), message))
 
-    def _forward(self, worker: int, op: Forward) -> None:
-        sequence = self._own(worker, op.seq)
+    def _fail_limit(self, worker: int, call: int, met: LimitMet, text: str = "") -> None:
+        unit = LIMITS[met.name].unit
+        message = text or f"{met.name} of the tenant is {met.limit:,} {unit}, used {met.used:,}"
+        self._answer(worker, CallFailed(call, int(ErrorCode.LIMIT), message, met))
+
+    def _no_sequence(self, worker: int, call: int, seq: int) -> None:
+        """Answer a call on a sequence that is not there, or busy, or was refused when it was opened."""
+        refusal = self._workers.refusal(worker, seq)
+        if refusal is None:
+            message = "no such sequence, or it has a call pending"
+            self._fail(worker, call, ErrorCode.BAD_HANDLE, message)
+        else:
+            self._fail_memory(worker, call, *refusal)
+
+    def _fail_memory(self, worker: int, call: int, tenant: Tenant, code: ErrorCode) -> None:
+        if code is not ErrorCode.LIMIT:
+            message = "the engine holds as many sequences and tokens as it can; try again when other runs have ended"
+            self._fail(worker, call, code, message)
+            return
+        limit = tenant.quota.kv_pages
+        room = limit * BYTES_PER_PAGE
+        text = f"the tenant's sequences and their tokens fill the {room:,} bytes that come with kv_pages"
+        self._fail_limit(worker, call, LimitMet("kv_pages", limit, -(-tenant.bytes // BYTES_PER_PAGE)), text)
+
+    def _forward(self, worker: int, sequence: Sequence | None, op: Forward, now: float) -> None:
         if sequence is None or sequence.call is not None:
-            self._fail(worker, op.call, ErrorCode.BAD_HANDLE, "no such sequence, or it has a call pending")
+            self._no_sequence(worker, op.call, op.seq)
             return
         tokens = array("I")
         if not op.tokens or len(op.tokens) % 4:
             self._fail(worker, op.call, ErrorCode.INVALID_ARGUMENT, "tokens are not whole uint32 values")
             return
-        tokens.frombytes(op.tokens)
-        if max(tokens) >= self.config.vocab_size:
-            message = f"token {max(tokens)} is not below the vocabulary's size {self.config.vocab_size}"
-            self._fail(worker, op.call, ErrorCode.INVALID_ARGUMENT, message)
-            return
-        length = len(sequence.tokens) + len(tokens)
+        tenant, count = sequence.tenant, len(op.tokens) // 4
+        length = len(sequence.tokens) + count
         if length > self.config.context_length:
             message = f"the sequence would have {length:,} tokens; the context is {self.config.context_length:,}"
             self._fail(worker, op.call, ErrorCode.CONTEXT_FULL, message)
             return
-        if not self.scheduler.fits(length):
+        tokens.frombytes(op.tokens)
+        highest = tokens[0] if count == 1 else int(np.frombuffer(op.tokens, dtype="<u4").max())
+        if highest >= self.config.vocab_size:
+            message = f"token {highest} is not below the vocabulary's size {self.config.vocab_size}"
+            self._fail(worker, op.call, ErrorCode.INVALID_ARGUMENT, message)
+            return
+        if op.sampling is not None and (fault := sampling_fault(op.sampling, self.config.vocab_size)) is not None:
+            self._fail(worker, op.call, ErrorCode.INVALID_ARGUMENT, fault)
+            return
+        pages = -(-length // PAGE_SIZE)
+        if pages > self.scheduler.pool.total:
             total = self.scheduler.pool.total * PAGE_SIZE
             message = f"the sequence would have {length:,} tokens; the KV cache holds {total:,}"
             self._fail(worker, op.call, ErrorCode.OUT_OF_MEMORY, message)
             return
-        sampling = op.sampling
-        if sampling is not None and sampling.mask is not None and not self._allows_any(sampling.mask):
-            self._fail(worker, op.call, ErrorCode.INVALID_ARGUMENT, "the mask allows no token")
+        if (met := tenant.over_pages(pages) or tenant.over_rate(now)) is not None:
+            self._fail_limit(worker, op.call, met)
+            return
+        call = Call(op.call, self._order, count, op.sampling, op.want_logits)
+        if (lack := self._workers.lacks_memory(tenant, 0, count + call.weight)) is not None:
+            self._fail_memory(worker, op.call, tenant, lack)
             return
         sequence.tokens.extend(tokens)
+        tenant.spend(count, now)
         self._order += 1
-        self.scheduler.submit(sequence, Call(op.call, self._order, len(tokens), sampling, op.want_logits))
+        self.scheduler.submit(sequence, call)
 
-    def _allows_any(self, mask: bytes) -> bool:
-        vocab = self.config.vocab_size
-        if len(mask) * 8 < vocab:
-            return False
-        return int.from_bytes(mask, "little") & ((1 << vocab) - 1) != 0
-
-    def _save(self, worker: int, op: SaveSequence) -> None:
-        sequence = self._own(worker, op.seq)
+    def _save(self, worker: int, sequence: Sequence | None, op: SaveSequence) -> None:
         if sequence is None or sequence.call is not None:
-            self._fail(worker, op.call, ErrorCode.BAD_HANDLE, "no such sequence")
+            self._no_sequence(worker, op.call, op.seq)
             return
-        key = (sequence.tenant, op.name)
-        mine = sum(tenant == sequence.tenant for tenant, _ in self._saved)
-        if key not in self._saved and mine >= MAX_SAVED_PER_TENANT:
-            message = f"the tenant has {mine} saved sequences, which is the most"
-            self._fail(worker, op.call, ErrorCode.LIMIT, message)
+        if len(op.name) > MAX_NAME:
+            self._fail(worker, op.call, ErrorCode.INVALID_ARGUMENT, f"the name is longer than {MAX_NAME} characters")
             return
-        if (old := self._saved.pop(key, None)) is not None:
-            self.scheduler.remove(old)
-        self._saved_ids -= 1
-        # Saved copies belong to no run and no worker; they live until replaced or the engine ends.
-        copy = self._new(self._saved_ids, -1, sequence.tenant, -1)
-        self.scheduler.fork(sequence, copy)
-        self._saved[key] = copy
-        self._answer(worker, CallDone(op.call, len(copy.tokens)))
+        tenant = sequence.tenant
+        limit = tenant.quota.saved_sequences
+        if len(tenant.saved) - (op.name in tenant.saved) >= limit:
+            self._fail_limit(worker, op.call, LimitMet("saved_sequences", limit, len(tenant.saved)))
+        elif (lack := self._workers.lacks_memory(tenant, 1, len(sequence.tokens))) is not None:
+            # If refused, the old copy of that name stays: so it counts beside the new one.
+            self._fail_memory(worker, op.call, tenant, lack)
+        else:
+            self._answer(worker, CallDone(op.call, len(self._workers.save(sequence, op.name).tokens)))
 
     def _open_saved(self, worker: int, op: OpenSaved) -> None:
-        saved = self._saved.get((op.tenant, op.name))
-        if saved is None or op.seq in self._sequences:
-            self._fail(worker, op.call, ErrorCode.NOT_FOUND, f"the tenant has no saved sequence {op.name!r}")
+        tenant = self.tenants.find(op.tenant)
+        saved = None if tenant is None else tenant.saved.get(op.name)
+        if saved is None:
+            name = op.name[:MAX_NAME]
+            self._fail(worker, op.call, ErrorCode.NOT_FOUND, f"the tenant has no saved sequence {name!r}")
             return
-        sequence = self._new(op.seq, worker, op.tenant, op.run)
-        self.scheduler.fork(saved, sequence)
-        self._register(sequence)
-        self._answer(worker, CallDone(op.call, len(sequence.tokens)))
+        sequence = self._workers.open(worker, op.seq, op.tenant, op.run, saved)
+        if sequence is None:
+            self._no_sequence(worker, op.call, op.seq)
+        else:
+            self._answer(worker, CallDone(op.call, len(sequence.tokens)))
 
     # --- steps ----------------------------------------------------------------------------------
 
@@ -260,34 +274,78 @@ class EngineCore:
 
     def _settle(self, finished: list[Part], wanting: list[Part], logits: torch.Tensor | None) -> None:
         row_of = {part.sequence.id: row for row, part in enumerate(wanting)}
-        drawing = [part for part in wanting if part.sequence.call and part.sequence.call.sampling]
-        tokens: dict[int, tuple[int, float]] = {}
-        if drawing and logits is not None:
-            params = [part.sequence.call.sampling for part in drawing if part.sequence.call]
-            history = [
-                np.frombuffer(part.sequence.tokens, dtype=np.uint32).copy() if p and p.repetition_penalty != 1 else None
-                for part, p in zip(drawing, params, strict=True)
-            ]
-            rows = logits
-            if len(drawing) < len(wanting):
-                rows = logits[[row_of[part.sequence.id] for part in drawing]]
-            drawn = draw(rows, [p for p in params if p is not None], history)
-            for part, token, logprob in zip(drawing, drawn.tokens, drawn.logprobs, strict=True):
-                tokens[part.sequence.id] = (token, logprob)
+        drawn = {} if logits is None else self._draw(wanting, logits)
         for part in finished:
             sequence = part.sequence
             call = sequence.call
             assert call is not None
             sequence.call = None
-            token, logprob = tokens.get(sequence.id, (-1, float("nan")))
+            sequence.tenant.stats.cached_tokens += call.cached
+            token, logprob = drawn.get(sequence.id, (-1, float("nan")))
+            if token < 0 and call.sampling is not None:
+                message = "the next token could not be drawn; the engine's log says why"
+                self._take_back(sequence, call)
+                self._fail(sequence.worker, call.number, ErrorCode.INTERNAL, message)
+                continue
             values = None
             if call.want_logits and logits is not None:
                 values = logits[row_of[sequence.id]].contiguous().numpy().tobytes()
             self._answer(sequence.worker, ForwardDone(call.number, token, logprob, call.cached, values))
-            self._tenant(sequence.tenant).cached_tokens += call.cached
 
-    def _tenant(self, tenant: str) -> TenantStats:
-        return self._tenants.setdefault(tenant, TenantStats())
+    def _draw(self, wanting: list[Part], logits: torch.Tensor) -> dict[int, tuple[int, float]]:
+        """Token and log-probability of each sequence that samples; ``wanting`` are the rows of ``logits``."""
+        rows: list[int] = []
+        params: list[SamplingParams] = []
+        for row, part in enumerate(wanting):
+            call = part.sequence.call
+            if call is not None and call.sampling is not None:
+                rows.append(row)
+                params.append(call.sampling)
+        if not rows:
+            return {}
+        history = [
+            np.frombuffer(wanting[row].sequence.tokens, dtype=np.uint32).copy() if p.repetition_penalty != 1 else None
+            for row, p in zip(rows, params, strict=True)
+        ]
+        try:
+            drawn = draw(logits if len(rows) == len(wanting) else logits[rows], params, history)
+        except Exception:
+            # Checked parameters do not get here. If some do, they fail their own call, not the process.
+            log.exception("a step's draws failed; drawing its rows one by one")
+            return self._draw_each(wanting, logits, rows, params, history)
+        self._note_flat(wanting, rows, params, set(drawn.sorted_rows))
+        pairs = zip(drawn.tokens, drawn.logprobs, strict=True)
+        return {wanting[row].sequence.id: pair for row, pair in zip(rows, pairs, strict=True)}
+
+    @staticmethod
+    def _draw_each(
+        wanting: list[Part],
+        logits: torch.Tensor,
+        rows: list[int],
+        params: list[SamplingParams],
+        history: list[np.ndarray | None],
+    ) -> dict[int, tuple[int, float]]:
+        result: dict[int, tuple[int, float]] = {}
+        for at, row in enumerate(rows):
+            try:
+                drawn = draw(logits[row : row + 1], [params[at]], [history[at]])
+            except Exception:
+                log.exception("a draw with %r failed", params[at])
+                continue
+            result[wanting[row].sequence.id] = (drawn.tokens[0], drawn.logprobs[0])
+        return result
+
+    def _note_flat(self, wanting: list[Part], rows: list[int], params: list[SamplingParams], flat: set[int]) -> None:
+        """Tell the scheduler which tenants' draws cost much."""
+        counts: dict[Tenant, list[int]] = {}
+        for at, row in enumerate(rows):
+            call = wanting[row].sequence.call
+            if call is not None and call.filtered:
+                count = counts.setdefault(wanting[row].sequence.tenant, [0, 0])
+                count[0] += 1
+                count[1] += at in flat
+        for tenant, (filtered, costly) in counts.items():
+            self.scheduler.drawn(tenant, filtered, costly)
 
     def _count(self, parts: list[Part]) -> None:
         self.steps += 1
@@ -295,24 +353,19 @@ class EngineCore:
         self._max_step = max(self._max_step, len(parts))
         self._shared_steps += len({part.sequence.tenant for part in parts}) > 1
         for part in parts:
-            tenant = self._tenant(part.sequence.tenant)
+            stats = part.sequence.tenant.stats
             if part.count == 1:
-                tenant.decode_tokens += 1
+                stats.decode_tokens += 1
             else:
-                tenant.prefill_tokens += part.count
+                stats.prefill_tokens += part.count
 
     # --- facts ----------------------------------------------------------------------------------
 
     def stats(self, call: int = 0) -> EngineStats:
         """Counters since the start; see :class:`realm.messages.EngineStats`."""
-        for stats in self._tenants.values():
-            stats.pages = stats.sequences = 0
-        for sequence in self.scheduler.sequences:
-            stats = self._tenant(sequence.tenant)
-            stats.pages += len(sequence.pages)
-            stats.sequences += 1
+        tenants = self.tenants.stats(self._clock())
+        every = [self.tenants.forgotten, *tenants.values()]
         pool = self.scheduler.pool
-        tenants = self._tenants
         return EngineStats(
             call=call,
             model=self.name,
@@ -320,9 +373,9 @@ class EngineCore:
             sequences=self._step_sequences,
             max_sequences=self._max_step,
             shared_steps=self._shared_steps,
-            prefill_tokens=sum(t.prefill_tokens for t in tenants.values()),
-            decode_tokens=sum(t.decode_tokens for t in tenants.values()),
-            cached_tokens=sum(t.cached_tokens for t in tenants.values()),
+            prefill_tokens=sum(t.prefill_tokens for t in every),
+            decode_tokens=sum(t.decode_tokens for t in every),
+            cached_tokens=sum(t.cached_tokens for t in every),
             preemptions=self.scheduler.preemptions,
             busy_seconds=self._busy,
             pages_total=pool.total,
@@ -333,8 +386,9 @@ class EngineCore:
         )
 
     def check(self) -> None:
-        """Verify the page accounting. Raises AssertionError."""
+        """Verify the accounting of pages, memory, calls and owners. Raises AssertionError."""
         self.scheduler.check()
+        self._workers.check()
 
 
 def page_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
@@ -357,7 +411,12 @@ def available_memory() -> int:
 
 
 def load_engine(
-    folder: Path, options: EngineOptions | None = None, *, name: str | None = None, progress: Progress | None = None
+    folder: Path,
+    options: EngineOptions | None = None,
+    *,
+    name: str | None = None,
+    progress: Progress | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> EngineCore:
     """Load a model folder and build its engine on the CPU.
 
@@ -377,4 +436,4 @@ def load_engine(
         model = LlamaModel(config, weights)
     pages = options.pages or default_pages(config, dtype, available_memory())
     scheduler = Scheduler(pages, token_budget=options.token_budget, max_sequences=options.max_sequences)
-    return EngineCore(name or folder.name, ModelRunner(model, pages), scheduler)
+    return EngineCore(name or folder.name, ModelRunner(model, pages), scheduler, clock=clock)

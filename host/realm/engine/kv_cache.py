@@ -6,12 +6,16 @@ exactly one of three states, so ``free + used + cached == total`` always holds (
 * *free*: holds nothing anyone may read;
 * *used*: held by one or more sequences (its reference count);
 * *cached*: held by none, but its contents are known under a key, so a later sequence may take it.
-  Cached pages are given away, least recently used first, when free ones run out.
+  Cached pages are given away when free ones run out.
 
-Keys are chained BLAKE2b-256 hashes: ``hash(parent key, tokens of the page)``, where the root is a
-hash of the tenant's salt, the model and the adapter. So a page is found only by a sequence of the
-same tenant with the same tokens from the start on. A hit compares the tokens themselves too: a
-collision can then never hand out someone else's keys and values.
+Each used or cached page belongs to one tenant (:class:`PageHolder`): keys are salted, so no page is
+ever shared by two. The pages that a tenant holds are thus counted exactly, at once, however many of
+its sequences share them. Cached pages do not count against a tenant's limit, because they can be taken
+at any time; what bounds them is whose are taken: those of the tenant that holds most pages. So a
+tenant that cycles through prompts replaces its own cached pages, and another keeps its cache as long as
+it holds no more than its share of the pool. Pages in use go before cached ones: what a tenant's open
+sequences may displace of others' caches is bounded by its limit. A tenant that has not called for
+:data:`PROTECTED_SECONDS` loses its cached pages first.
 """
 
 from __future__ import annotations
@@ -22,6 +26,31 @@ from dataclasses import dataclass
 
 PAGE_SIZE = 16
 """Tokens a page."""
+
+
+PROTECTED_SECONDS = 600.0
+"""How long the cached pages of a tenant that makes no call are worth as much as another's."""
+
+
+class PageHolder:
+    """A tenant's pages.
+
+    Attributes:
+        used: pages that its sequences hold, each counted once. cached: its cached pages, least
+            recently used first. seen: when it last made a call, in seconds of the scheduler's clock.
+    """
+
+    __slots__ = ("cached", "seen", "used")
+
+    def __init__(self) -> None:
+        self.used = 0
+        self.cached: OrderedDict[int, None] = OrderedDict()
+        self.seen = 0.0
+
+    @property
+    def pages(self) -> int:
+        """Used and cached pages."""
+        return self.used + len(self.cached)
 
 
 def root_key(salt: bytes, model: str, adapter: str) -> bytes:
@@ -46,6 +75,8 @@ class PagePool:
 
     Attributes:
         total: number of pages.
+        holders: tenants that hold any page.
+        now: the scheduler's clock, in seconds; it tells whose cached pages are out of use.
     """
 
     def __init__(self, total: int) -> None:
@@ -55,7 +86,10 @@ class PagePool:
         self._references = [0] * total
         self._sealed: dict[int, _Sealed] = {}
         self._by_key: dict[bytes, int] = {}
-        self._cached: OrderedDict[int, None] = OrderedDict()
+        self._owners: list[PageHolder | None] = [None] * total
+        self._cached = 0
+        self.now = 0.0
+        self.holders: dict[PageHolder, None] = {}
 
     @property
     def free(self) -> int:
@@ -63,33 +97,57 @@ class PagePool:
 
     @property
     def cached(self) -> int:
-        return len(self._cached)
+        return self._cached
 
     @property
     def used(self) -> int:
-        return self.total - len(self._free) - len(self._cached)
+        return self.total - len(self._free) - self._cached
 
-    @property
-    def available(self) -> int:
-        """Pages that :meth:`allocate` can still give."""
-        return len(self._free) + len(self._cached)
-
-    def allocate(self) -> int | None:
+    def allocate(self, holder: PageHolder) -> int | None:
         """A page with one reference and unspecified contents, or None when all are used."""
         if self._free:
             page = self._free.pop()
         elif self._cached:
-            page, _ = self._cached.popitem(last=False)
+            loser = self._loser()
+            page, _ = loser.cached.popitem(last=False)
+            self._cached -= 1
             self._unseal(page)
+            if not loser.pages:
+                del self.holders[loser]
         else:
             return None
         self._references[page] = 1
+        self._owners[page] = holder
+        if not holder.pages:
+            self.holders[holder] = None
+        holder.used += 1
         return page
+
+    def _loser(self) -> PageHolder:
+        """Whose cached page is given away. There is at least one cached page."""
+        gone: PageHolder | None = None
+        most: PageHolder | None = None
+        for other in self.holders:
+            if other.cached:
+                if other.seen < self.now - PROTECTED_SECONDS:
+                    gone = other
+                if most is None or other.pages > most.pages:
+                    most = other
+        loser = gone or most
+        assert loser is not None
+        return loser
+
+    def is_cached(self, page: int) -> bool:
+        """Whether no sequence holds the page: taking it makes it one more that its tenant uses."""
+        return not self._references[page]
 
     def retain(self, page: int) -> None:
         """One more holder of a used or cached page."""
         if not self._references[page]:
-            del self._cached[page]
+            owner = self._owner(page)
+            del owner.cached[page]
+            owner.used += 1
+            self._cached -= 1
         self._references[page] += 1
 
     def release(self, page: int) -> None:
@@ -99,10 +157,22 @@ class PagePool:
             raise AssertionError(f"page {page} is released more often than it is held")
         self._references[page] = count - 1
         if count == 1:
+            owner = self._owner(page)
+            owner.used -= 1
             if page in self._sealed:
-                self._cached[page] = None
+                owner.cached[page] = None
+                self._cached += 1
             else:
+                self._owners[page] = None
                 self._free.append(page)
+                if not owner.pages:
+                    del self.holders[owner]
+
+    def _owner(self, page: int) -> PageHolder:
+        owner = self._owners[page]
+        if owner is None:
+            raise AssertionError(f"page {page} has no owner")
+        return owner
 
     def make_writable(self, page: int) -> bool:
         """Whether the only holder may write into the page; if so, it is no longer found by key."""
@@ -138,17 +208,22 @@ class PagePool:
         if sealed is not None:
             del self._by_key[sealed.key]
 
-    def check(self, held: dict[int, int]) -> None:
-        """Verify every invariant. ``held`` counts, for each page, the sequences that list it.
+    def check(self, held: dict[int, int], owned: dict[int, PageHolder]) -> None:
+        """Verify every invariant.
+
+        Args:
+            held: for each page, how many sequences list it. owned: whose those are.
 
         Raises:
             AssertionError: naming the first page or sum that is wrong.
         """
-        free, cached = set(self._free), set(self._cached)
+        free = set(self._free)
+        cached = {page: holder for holder in self.holders for page in holder.cached}
         if len(free) != len(self._free):
             raise AssertionError("a page is twice in the free list")
-        if free & cached:
-            raise AssertionError(f"pages {sorted(free & cached)} are free and cached")
+        if free & cached.keys():
+            raise AssertionError(f"pages {sorted(free & cached.keys())} are free and cached")
+        used: dict[PageHolder, int] = {}
         for page in range(self.total):
             count = held.get(page, 0)
             if self._references[page] != count:
@@ -159,10 +234,22 @@ class PagePool:
                 raise AssertionError(f"free page {page} can be found by key")
             if page in cached and page not in self._sealed:
                 raise AssertionError(f"cached page {page} cannot be found")
+            owner = self._owners[page]
+            if owner is not (owned[page] if count else cached.get(page)):
+                raise AssertionError(f"page {page} is counted for the wrong tenant")
+            if count and owner is not None:
+                used[owner] = used.get(owner, 0) + 1
+        for holder in self.holders:
+            if holder.used != used.pop(holder, 0):
+                raise AssertionError(f"a tenant's count of used pages is wrong: {holder.used}")
+            if not holder.pages:
+                raise AssertionError("a tenant without pages is listed as a holder")
+        if used:
+            raise AssertionError("a tenant with pages is not listed as a holder")
         for key, page in self._by_key.items():
             if self._sealed[page].key != key:
                 raise AssertionError(f"page {page} is found under another page's key")
         if len(self._by_key) != len(self._sealed):
             raise AssertionError("keys and sealed pages differ in number")
-        if len(free) + len(cached) + self.used != self.total:
+        if len(cached) != self._cached or len(free) + len(cached) + self.used != self.total:
             raise AssertionError("free + used + cached is not the total")

@@ -26,6 +26,8 @@ class ModelRunner:
             Logits, float32 [m, vocab], of the last token of each of ``parts`` (in that order), which
             are the parts whose calls want them; None when there are none.
         """
+        if plan.fresh:
+            self._cache.clear(plan.fresh)
         if plan.copies:
             self._cache.copy(plan.copies)
         decodes = [part for part in plan.parts if part.count == 1]

@@ -12,23 +12,41 @@ Policy:
   OSDI 2024): a token of prefill counts 1, a decoded one 2; a tenant that returns from idleness is
   lifted to the least counter of the active ones, so neither idling nor more guests buy a larger share.
 * *Preemption by recomputation.* When pages run out: cached pages are given away first, then idle
-  sequences lose their pages (least recently used first), then younger pending ones. The oldest
-  pending sequence can always take every other's pages, so each step makes progress; only a
-  sequence that does not fit alone fails.
+  sequences lose their pages (of the tenant that holds most, least recently used first), then younger
+  pending ones. The oldest pending sequence can always take every other's pages, and one that got none
+  goes first in the next step, so each makes progress; only a sequence that does not fit alone fails.
+* *Each tenant within its pages.* A tenant that holds ``kv_pages`` makes room by the same rule among its
+  own sequences only: no other tenant loses a page because of it.
+* *Flat draws in small numbers.* A row whose distribution is flat costs 0.2 ms to draw from, and a tenant
+  can make all its rows flat. In a step shared with others it gets only :data:`COSTLY_ROWS` of them; the
+  rest wait for the next step. Which step computes a row changes nothing in it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 
-from realm.engine.kv_cache import PAGE_SIZE, PagePool
-from realm.engine.sequence import Call, Sequence
+from realm.engine.kv_cache import PAGE_SIZE, PageHolder, PagePool
+from realm.engine.sequence import SEQUENCE_BYTES, TOKEN_BYTES, Call, Sequence, Tenant
+from realm.engine.victims import Victims, by_age
 
 PREFILL_WEIGHT = 1.0
 DECODE_WEIGHT = 2.0
 IDLE_STEPS = 8
 """A tenant not served for so many steps is idle; between two tokens of a guest there are one or two."""
+
+MAX_FAILURES = 8
+"""Sequences of one tenant that may fail to get pages in a plan before it is left alone for this step."""
+
+COSTLY_ROWS = 32
+"""Flat rows that one tenant may draw in a step that it shares: some 7 ms of a vocabulary of 49,152."""
+FLAT_WEIGHT = 1.0
+"""What a flat row adds to its tenant's counter: it takes about half as long as a decoded token."""
+FLATNESS_ROWS = 1024
+"""Filtered rows after which a tenant's flat ones are forgotten."""
 
 
 @dataclass(slots=True)
@@ -46,19 +64,15 @@ class Part:
 
 @dataclass(slots=True)
 class StepPlan:
-    """What to compute. ``copies`` are (source, destination) pages to copy before anything is written."""
+    """What to compute.
+
+    ``fresh`` are pages to clear first: new ones that this step does not fill, whose rest attention
+    will read (and hide). ``copies`` are (source, destination) pages to copy before anything is written.
+    """
 
     parts: list[Part] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class TenantShare:
-    """A tenant's virtual counter, how many of its calls are pending, and when it was last served."""
-
-    counter: float = 0.0
-    pending: int = 0
-    last_step: int = -1 - IDLE_STEPS
+    fresh: list[int] = field(default_factory=list)
 
 
 class Scheduler:
@@ -67,18 +81,30 @@ class Scheduler:
     Attributes:
         pool: the pages.
         preemptions: how often a sequence lost its pages so far.
+        bytes: memory of all sequences, as :data:`~realm.engine.sequence.BYTES_PER_PAGE` counts it.
+        clock: seconds; tells how long a tenant has not called.
     """
 
-    def __init__(self, pages: int, *, token_budget: int, max_sequences: int) -> None:
+    def __init__(
+        self,
+        pages: int,
+        *,
+        token_budget: int,
+        max_sequences: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """``token_budget``: most tokens a step; ``max_sequences``: most sequences a step."""
         self.pool = PagePool(pages)
         self.preemptions = 0
+        self.bytes = 0
+        self.clock = clock
         self._budget = token_budget
         self._max_sequences = max_sequences
         self._sequences: dict[int, Sequence] = {}
-        self._pending: dict[int, Sequence] = {}
-        self._shares: dict[str, TenantShare] = {}
+        self._active: dict[Tenant, None] = {}
+        self._pending = 0
         self._step = 0
+        self._victims = Victims()
 
     # --- sequences ------------------------------------------------------------------------------
 
@@ -87,10 +113,11 @@ class Scheduler:
         return self._sequences.values()
 
     def has_work(self) -> bool:
-        return bool(self._pending)
+        return self._pending > 0
 
     def add(self, sequence: Sequence) -> None:
         self._sequences[sequence.id] = sequence
+        self._account(sequence.tenant, 1, len(sequence.tokens))
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """``child`` gets the parent's tokens and shares its pages until one of them writes."""
@@ -99,13 +126,19 @@ class Scheduler:
         # A failed attempt never leaves spare pages, so every page listed holds computed tokens.
         child.pages = parent.pages[:]
         child.keys = parent.keys[:]
-        child.last_step = parent.last_step
+        # A fork counts as a use: so the idle ones stay in the order of their last use.
+        child.last_step = self._step - 1
         for page in child.pages:
             self.pool.retain(page)
-        self._sequences[child.id] = child
+        if child.pages:
+            child.tenant.idle[child.id] = child
+        self.add(child)
 
     def truncate(self, sequence: Sequence, length: int) -> None:
         """Drop tokens after the first ``length``. The sequence must have no pending call."""
+        if length >= len(sequence.tokens):
+            return
+        self._account(sequence.tenant, 0, length - len(sequence.tokens))
         del sequence.tokens[length:]
         sequence.computed = min(sequence.computed, length)
         keep = -(-sequence.computed // PAGE_SIZE)
@@ -114,9 +147,16 @@ class Scheduler:
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence and its pending call."""
-        self._unqueue(sequence)
+        self.cancel(sequence)
         self._release_from(sequence, 0)
+        sequence.tenant.idle.pop(sequence.id, None)
         del self._sequences[sequence.id]
+        self._account(sequence.tenant, -1, -len(sequence.tokens))
+
+    def _account(self, tenant: Tenant, sequences: int, tokens: int) -> None:
+        tenant.open += sequences
+        tenant.tokens += tokens
+        self.bytes += sequences * SEQUENCE_BYTES + tokens * TOKEN_BYTES
 
     def fits(self, length: int) -> bool:
         """Whether a sequence of ``length`` tokens fits into an otherwise empty cache."""
@@ -124,63 +164,158 @@ class Scheduler:
 
     def submit(self, sequence: Sequence, call: Call) -> None:
         """Queue a call whose tokens are already appended to the sequence."""
-        share = self._shares.setdefault(sequence.tenant, TenantShare())
-        if self._is_idle(share):
-            active = [other.counter for other in self._shares.values() if not self._is_idle(other)]
-            if active:
-                share.counter = max(share.counter, min(active))
-        share.pending += 1
+        tenant = sequence.tenant
+        if self._is_idle(tenant):
+            self._forget_idle()
+            if self._active:
+                tenant.counter = max(tenant.counter, min(other.counter for other in self._active))
+            self._active[tenant] = None
+        self._account(tenant, 0, call.count + call.weight)
+        tenant.idle.pop(sequence.id, None)
         sequence.call = call
-        self._pending[sequence.id] = sequence
+        sequence.queued = True
+        self._pending += 1
+        self._enqueue(sequence)
 
-    def _is_idle(self, share: TenantShare) -> bool:
-        return not share.pending and share.last_step < self._step - IDLE_STEPS
+    def _is_idle(self, tenant: Tenant) -> bool:
+        return not tenant.pending and tenant.last_step < self._step - IDLE_STEPS
 
-    def _unqueue(self, sequence: Sequence) -> None:
-        if self._pending.pop(sequence.id, None) is not None:
-            self._shares[sequence.tenant].pending -= 1
+    def _forget_idle(self) -> None:
+        for tenant in [tenant for tenant in self._active if self._is_idle(tenant)]:
+            del self._active[tenant]
+
+    @staticmethod
+    def _enqueue(sequence: Sequence) -> None:
+        tenant = sequence.tenant
+        (tenant.decodes if sequence.remaining == 1 else tenant.prompts)[sequence.id] = sequence
+
+    def _dequeue(self, sequence: Sequence) -> None:
+        tenant = sequence.tenant
+        if tenant.decodes.pop(sequence.id, None) is None:
+            del tenant.prompts[sequence.id]
+        sequence.queued = False
+        self._pending -= 1
+        if sequence.call is not None and sequence.call.weight:
+            self._account(tenant, 0, -sequence.call.weight)
+        if tenant.blocked is sequence:
+            tenant.blocked = None
+        if sequence.pages:
+            # What was not served counts as used now, too: the idle ones stay in order.
+            sequence.last_step = max(sequence.last_step, self._step - 1)
+            tenant.idle[sequence.id] = sequence
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Drop a sequence's call, if it has one. Its tokens stay appended."""
+        if sequence.queued:
+            self._dequeue(sequence)
         sequence.call = None
 
     # --- planning -------------------------------------------------------------------------------
 
     def plan(self) -> StepPlan:
         """The next step; empty when nothing is pending. Pages are allocated here."""
+        plan = self._plan()
+        if not plan.parts and self._pending:
+            # The oldest with pages may stand beyond those that were looked at; now it goes first.
+            plan = self._plan()
+        return plan
+
+    def _plan(self) -> StepPlan:
         plan = StepPlan()
         budget = self._budget
         planned: set[int] = set()
-        for sequence in self._ordered():
+        self._victims.begin(self._step)
+        self.pool.now = self.clock()
+        failures: dict[Tenant, int] = {}
+        ordered, urgent = self._ordered()
+        costly = self._costly_rows()
+        # Those that go first because they were blocked leave a token for each decode of the step.
+        reserve = min(sum(len(tenant.decodes) for tenant in self._active), budget // 2) if urgent else 0
+        for place, sequence in enumerate(ordered):
             if len(plan.parts) >= self._max_sequences or budget <= 0:
                 break
-            # An earlier part of this plan may have taken this sequence's pages: it starts over.
-            count = min(self._match_prefix(sequence), budget)
-            planned.add(sequence.id)
-            if not self._make_room(sequence, count, plan, planned):
-                planned.discard(sequence.id)
+            tenant, call = sequence.tenant, sequence.call
+            assert call is not None
+            if sequence.id in planned or (call.filtered and costly.get(tenant, 1) <= 0):
                 continue
+            if failures and failures.get(tenant, 0) >= MAX_FAILURES and self._needs_pages(sequence):
+                continue
+            # An earlier part of this plan may have taken this sequence's pages: it starts over.
+            most = budget - reserve if place < urgent else budget
+            if most <= 0:
+                continue
+            count = min(self._match_prefix(sequence), most)
+            if not self._make_room(sequence, count, plan, planned):
+                failures[tenant] = failures.get(tenant, 0) + 1
+                self._block(sequence, planned)
+                continue
+            planned.add(sequence.id)
             budget -= count
-            plan.parts.append(Part(sequence, sequence.computed, count, count == sequence.remaining))
+            finishes = count == sequence.remaining
+            if finishes and call.filtered and tenant in costly:
+                costly[tenant] -= 1
+            plan.parts.append(Part(sequence, sequence.computed, count, finishes))
         return plan
 
-    def _ordered(self) -> list[Sequence]:
-        """Decodes by age, then prompts by their tenant's counter and arrival."""
+    def _block(self, sequence: Sequence, planned: set[int]) -> None:
+        """Let the oldest of the tenant's sequences that are stuck go first in the next plan.
+
+        It can take the pages of all others that are not in a plan, so it always makes progress.
+        """
+        tenant = sequence.tenant
+        self._victims.add(sequence)
+        holder = self._victims.oldest(tenant)
+        if holder is not None and holder.id not in planned and holder.arrival < sequence.arrival:
+            sequence = holder
+        if tenant.blocked is None or sequence.arrival < tenant.blocked.arrival:
+            tenant.blocked = sequence
+
+    def _ordered(self) -> tuple[list[Sequence], int]:
+        """Blocked ones, then decodes by age, then prompts by their tenant's counter and arrival.
+
+        Of one tenant no more are looked at than a step can take, so its queue is its own affair.
+        Returns how many are blocked ones, too; they come a second time in their places.
+        """
+        most = self._max_sequences
+        blocked: list[Sequence] = []
         decodes: list[Sequence] = []
         prompts: list[Sequence] = []
-        for sequence in self._pending.values():
-            (decodes if sequence.remaining == 1 else prompts).append(sequence)
-        decodes.sort(key=lambda s: s.arrival)
-        shares = self._shares
-        prompts.sort(key=lambda s: (shares[s.tenant].counter, s.call.order if s.call else 0))
-        if len(decodes) > self._max_sequences:
-            decodes.sort(key=lambda s: (shares[s.tenant].counter, s.call.order if s.call else 0))
-        return decodes + prompts
+        self._forget_idle()
+        for tenant in self._active:
+            if tenant.pending:
+                tenant.seen = self.pool.now
+            if tenant.blocked is not None:
+                blocked.append(tenant.blocked)
+                tenant.blocked = None
+            decodes += islice(tenant.decodes.values(), most)
+            prompts += islice(tenant.prompts.values(), most)
+        blocked.sort(key=by_age)
+        prompts.sort(key=_by_share)
+        decodes.sort(key=_by_share if len(decodes) > most else by_age)
+        return blocked + decodes + prompts, len(blocked)
+
+    def _costly_rows(self) -> dict[Tenant, int]:
+        """How many rows with a filter a tenant may finish in this step, where others are active and its
+        last such rows had flat distributions."""
+        if len(self._active) < 2:
+            return {}
+        return {
+            tenant: max(1, int(COSTLY_ROWS / tenant.flatness))
+            for tenant in self._active
+            if tenant.flatness * self._max_sequences > COSTLY_ROWS
+        }
+
+    @staticmethod
+    def _needs_pages(sequence: Sequence) -> bool:
+        return sequence.computed == len(sequence.pages) * PAGE_SIZE
 
     def _match_prefix(self, sequence: Sequence) -> int:
         """Take cached pages that continue the computed ones; returns the tokens left to compute."""
         call = sequence.call
         assert call is not None
         if not call.matched:
-            call.matched = True
             pool = self.pool
+            tenant = sequence.tenant
             # The last token is always computed: its logits are what the call is about.
             while (
                 sequence.computed % PAGE_SIZE == 0
@@ -192,13 +327,25 @@ class Scheduler:
                 if found is None:
                     break
                 page, key = found
+                if tenant.used >= tenant.quota.kv_pages and pool.is_cached(page):
+                    # At its limit: what is computed instead will make its own room, or wait for it.
+                    return sequence.remaining
                 pool.retain(page)
                 sequence.pages.append(page)
                 sequence.keys.append(key)
                 appended = len(sequence.tokens) - call.count
                 sequence.computed += PAGE_SIZE
                 call.cached += max(0, min(PAGE_SIZE, sequence.computed - appended))
+            call.matched = True
+            if sequence.remaining == 1:
+                self._requeue(sequence)
         return sequence.remaining
+
+    def _requeue(self, sequence: Sequence) -> None:
+        tenant = sequence.tenant
+        tenant.decodes.pop(sequence.id, None)
+        tenant.prompts.pop(sequence.id, None)
+        self._enqueue(sequence)
 
     def _make_room(self, sequence: Sequence, count: int, plan: StepPlan, planned: set[int]) -> bool:
         """Give the sequence writable pages for ``count`` more tokens, preempting others if needed.
@@ -217,54 +364,50 @@ class Scheduler:
             sequence.pages.append(page)
         if first < held and not pool.make_writable(sequence.pages[first]):
             copy = self._allocate(sequence, planned)
-            if copy is None:
-                self._release_from(sequence, held)
-                return False
             original = sequence.pages[first]
             if pool.make_writable(original):
                 # Making room took the other holders' pages: the original is ours alone now.
-                pool.release(copy)
+                if copy is not None:
+                    pool.release(copy)
+            elif copy is None:
+                self._release_from(sequence, held)
+                return False
             else:
                 plan.copies.append((original, copy))
                 pool.release(original)
                 sequence.pages[first] = copy
+        if needed > held and (sequence.computed + count) % PAGE_SIZE:
+            plan.fresh.append(sequence.pages[-1])
         return True
 
     def _allocate(self, sequence: Sequence, planned: set[int]) -> int | None:
-        while (page := self.pool.allocate()) is None:
-            victim = self._victim(sequence, planned)
+        tenant = sequence.tenant
+        while tenant.used >= tenant.quota.kv_pages:
+            victim = self._victims.choose(sequence, planned, (tenant,))
+            if victim is None:
+                return None
+            self._preempt(victim)
+        while (page := self.pool.allocate(tenant)) is None:
+            victim = self._victims.choose(sequence, planned, self._tenants_with_pages())
             if victim is None:
                 return None
             self._preempt(victim)
         return page
 
-    def _victim(self, sequence: Sequence, planned: set[int]) -> Sequence | None:
-        """Who loses its pages for ``sequence``: idle ones first, then younger pending ones.
-
-        A sequence served in the last step counts as pending: its guest is about to answer.
-        """
-        idle: Sequence | None = None
-        young: Sequence | None = None
-        for other in self._sequences.values():
-            if not other.pages or other.id in planned:
-                continue
-            if other.call is None and other.last_step < self._step - 1:
-                if idle is None or other.last_step < idle.last_step:
-                    idle = other
-            elif other.arrival > sequence.arrival or other.call is None:
-                rank = (self._shares[other.tenant].counter if other.tenant in self._shares else 0.0, other.arrival)
-                if young is None or rank > (self._shares[young.tenant].counter, young.arrival):
-                    young = other
-        return idle or young
+    def _tenants_with_pages(self) -> list[Tenant]:
+        return [holder for holder in self.pool.holders if isinstance(holder, Tenant)]
 
     def _preempt(self, victim: Sequence) -> None:
         self.preemptions += 1
         self._release_from(victim, 0)
         victim.computed = 0
         victim.keys.clear()
-        if victim.call is not None:
+        victim.tenant.idle.pop(victim.id, None)
+        if victim.queued:
+            assert victim.call is not None
             victim.call.matched = False
             victim.call.cached = 0
+            self._requeue(victim)
 
     def _release_from(self, sequence: Sequence, index: int) -> None:
         # Last page first: the cache then gives away the end of a prefix before its start.
@@ -286,20 +429,33 @@ class Scheduler:
             for index in range(len(sequence.keys), sequence.computed // PAGE_SIZE):
                 parent = sequence.parent_key(index)
                 sequence.keys.append(self.pool.seal(sequence.pages[index], parent, sequence.page_tokens(index)))
-            share = self._shares[sequence.tenant]
-            share.last_step = self._step
+            tenant = sequence.tenant
+            tenant.last_step = self._step
             decode = part.count == 1 and part.finishes
-            share.counter += DECODE_WEIGHT if decode else PREFILL_WEIGHT * part.count
+            tenant.counter += DECODE_WEIGHT if decode else PREFILL_WEIGHT * part.count
             if part.finishes:
                 finished.append(part)
-                del self._pending[sequence.id]
-                share.pending -= 1
+                self._dequeue(sequence)
+            elif sequence.remaining == 1:
+                self._requeue(sequence)
         self._step += 1
         return finished
 
+    def drawn(self, tenant: Tenant, filtered: int, flat: int) -> None:
+        """Note how many of a tenant's draws with a filter were flat: they are charged, and fewer are
+        taken into a step."""
+        tenant.counter += FLAT_WEIGHT * flat
+        part = min(1.0, filtered / FLATNESS_ROWS)
+        tenant.flatness += part * (flat / filtered - tenant.flatness)
+        if flat * self._max_sequences > COSTLY_ROWS * filtered:
+            # What costs is believed at once, and forgotten slowly.
+            tenant.flatness = max(tenant.flatness, flat / filtered)
+
     def check(self) -> None:
-        """Verify pages against sequences (see :meth:`PagePool.check`). Raises AssertionError."""
+        """Verify pages against sequences (see :meth:`PagePool.check`) and all counts. Raises AssertionError."""
         held: dict[int, int] = {}
+        owned: dict[int, PageHolder] = {}
+        totals: dict[Tenant, list[int]] = {}
         for sequence in self._sequences.values():
             if not sequence.computed <= len(sequence.tokens):
                 raise AssertionError(f"sequence {sequence.id} computed more than it has")
@@ -307,9 +463,33 @@ class Scheduler:
                 raise AssertionError(f"sequence {sequence.id} has too few pages")
             if len(sequence.keys) > sequence.computed // PAGE_SIZE:
                 raise AssertionError(f"sequence {sequence.id} has keys of pages that are not full")
+            tenant = sequence.tenant
             for page in sequence.pages:
                 held[page] = held.get(page, 0) + 1
-        self.pool.check(held)
-        for sequence_id, sequence in self._pending.items():
-            if sequence.call is None or self._sequences.get(sequence_id) is not sequence:
-                raise AssertionError(f"sequence {sequence_id} is pending without a call")
+                if owned.setdefault(page, tenant) is not tenant:
+                    raise AssertionError(f"page {page} is held by two tenants")
+            counts = totals.setdefault(tenant, [0, 0, 0])
+            counts[0] += 1
+            counts[1] += len(sequence.tokens)
+            counts[2] += sequence.queued
+            if sequence.queued:
+                queue = tenant.decodes if sequence.remaining == 1 else tenant.prompts
+                if sequence.call is None or queue.get(sequence.id) is not sequence:
+                    raise AssertionError(f"sequence {sequence.id} is pending without a call or in the wrong queue")
+                counts[1] += sequence.call.weight
+            elif sequence.pages and tenant.idle.get(sequence.id) is not sequence:
+                raise AssertionError(f"idle sequence {sequence.id} cannot be preempted")
+        self.pool.check(held, owned)
+        for tenant, (open_, tokens, pending) in totals.items():
+            if (tenant.open, tenant.tokens, tenant.pending) != (open_, tokens, pending):
+                raise AssertionError(f"tenant {tenant.name!r} is counted wrongly")
+            if any(other.queued for other in tenant.idle.values()):
+                raise AssertionError(f"tenant {tenant.name!r} has a pending sequence among its idle ones")
+        if self._pending != sum(counts[2] for counts in totals.values()):
+            raise AssertionError("the number of pending calls is wrong")
+        if self.bytes != sum(tenant.bytes for tenant in totals):
+            raise AssertionError("the memory of the sequences is counted wrongly")
+
+
+def _by_share(sequence: Sequence) -> tuple[float, int]:
+    return sequence.tenant.counter, sequence.call.order if sequence.call else 0

@@ -1,14 +1,27 @@
-"""What the engine knows of one sequence."""
+"""What the engine knows of a sequence, and of the tenant it belongs to."""
 
 from __future__ import annotations
 
+import math
 from array import array
 from dataclasses import dataclass, field
 
-from realm.engine.kv_cache import PAGE_SIZE
-from realm.messages import SamplingParams
+from realm.buckets import Bucket
+from realm.engine.kv_cache import PAGE_SIZE, PageHolder
+from realm.messages import LimitMet, SamplingParams, TenantQuota, TenantStats
 
+MINUTE = 60.0
+
+SEQUENCE_BYTES = 512
 TOKEN_BYTES = 4
+BYTES_PER_PAGE = 4096
+"""Memory for tokens and sequences that comes with each page of ``kv_pages``.
+
+By default 32 MiB: 8 million tokens, or 65,536 sequences, which is what 256 runs of 256 sequences are.
+A sequence counts :data:`SEQUENCE_BYTES` and :data:`TOKEN_BYTES` a token, whether forked, saved or
+empty, because a fork copies its parent's tokens; a pending call counts its mask and bias. Page tables
+and keys may add as much again.
+"""
 
 
 @dataclass(slots=True)
@@ -18,6 +31,8 @@ class Call:
     Attributes:
         number: the worker's number for the call. order: engine-wide arrival number.
         count: tokens the call appended. cached: of those, how many the prefix cache held.
+        filtered: whether its draw may need a whole row, which is what costs (:mod:`~realm.engine.sampling`).
+        weight: memory of its mask and bias, in tokens of :data:`TOKEN_BYTES`.
     """
 
     number: int
@@ -27,9 +42,18 @@ class Call:
     want_logits: bool
     cached: int = 0
     matched: bool = False
+    filtered: bool = False
+    weight: int = 0
+
+    def __post_init__(self) -> None:
+        p = self.sampling
+        if p is not None:
+            self.filtered = p.temperature > 0 and (p.top_p < 1 or p.top_k > 0)
+            if p.mask is not None or p.bias_tokens is not None:
+                self.weight = (len(p.mask or b"") + 2 * len(p.bias_tokens or b"")) // TOKEN_BYTES
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Sequence:
     """Tokens of one sequence and how much of their KV stands in pages.
 
@@ -40,20 +64,21 @@ class Sequence:
 
     Attributes:
         arrival: engine-wide number of the sequence's creation; older ones are preempted last.
+        queued: whether the scheduler has its call pending.
         last_step: number of the last step that computed it.
     """
 
     id: int
     worker: int
-    tenant: str
+    tenant: Tenant
     run: int
     arrival: int
-    root: bytes
     tokens: array[int] = field(default_factory=lambda: array("I"))
     computed: int = 0
     pages: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
     call: Call | None = None
+    queued: bool = False
     last_step: int = -1
 
     @property
@@ -67,4 +92,105 @@ class Sequence:
 
     def parent_key(self, page: int) -> bytes:
         """Key that page index ``page`` is chained to; all earlier pages must have keys."""
-        return self.keys[page - 1] if page else self.root
+        return self.keys[page - 1] if page else self.tenant.root
+
+
+class Tenant(PageHolder):
+    """One tenant's account. The scheduler owns the queues, the core what is saved.
+
+    Attributes:
+        quota: what it may take. root: parent key of its sequences' first pages.
+        counter: virtual token counter. last_step: when it was last served.
+        decodes, prompts: its pending sequences by id, in the order of their calls.
+        idle: sequences with pages and nothing pending, least recently used first.
+        blocked: its oldest sequence that got no pages in the last plan; it goes first in the next.
+        flatness: part of its filtered draws that needed a whole row lately (0..1).
+        open, tokens: its sequences (saved ones too), and their tokens with the weight of pending calls.
+        stats: counters since the engine started.
+    """
+
+    __slots__ = (
+        "blocked",
+        "bucket",
+        "counter",
+        "decodes",
+        "flatness",
+        "idle",
+        "last_step",
+        "name",
+        "open",
+        "prompts",
+        "quota",
+        "root",
+        "saved",
+        "stats",
+        "tokens",
+    )
+
+    def __init__(self, name: str, root: bytes, quota: TenantQuota) -> None:
+        super().__init__()
+        self.name = name
+        self.root = root
+        self.quota = quota
+        self.bucket: Bucket | None = None
+        self.stats = TenantStats()
+        self.saved: dict[str, Sequence] = {}
+        self.open = 0
+        self.tokens = 0
+        self.counter = 0.0
+        self.last_step = -(1 << 30)
+        self.decodes: dict[int, Sequence] = {}
+        self.prompts: dict[int, Sequence] = {}
+        self.idle: dict[int, Sequence] = {}
+        self.blocked: Sequence | None = None
+        self.flatness = 0.0
+
+    @property
+    def pending(self) -> int:
+        """Calls that are not done."""
+        return len(self.decodes) + len(self.prompts)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of its sequences, as it is counted."""
+        return self.open * SEQUENCE_BYTES + self.tokens * TOKEN_BYTES
+
+    @property
+    def unused(self) -> bool:
+        """Whether forgetting the tenant changes nothing for it."""
+        return not self.open and not self.pages and self.bucket is None
+
+    # --- limits ---------------------------------------------------------------------------------
+
+    def over_rate(self, now: float) -> LimitMet | None:
+        """Whether the minute's tokens are used up.
+
+        As long as one token is left, a call of any size passes and goes into debt: a prompt longer
+        than the whole minute's tokens could otherwise never run. The debt is waited for by the next call.
+        """
+        bucket = self.bucket
+        limit = self.quota.tokens_per_minute
+        if limit > 0 and (bucket is None or bucket.level(now) >= 1):
+            return None
+        used = 0 if bucket is None else math.ceil(bucket.used(now))
+        wait = math.inf if bucket is None else bucket.wait(min(1.0, bucket.burst), now)
+        # A rate of 0 never regains anything: there is nothing to wait for.
+        return LimitMet("tokens_per_minute", limit, used, round(max(wait, 0.001), 3) if limit > 0 else None)
+
+    def spend(self, tokens: int, now: float) -> None:
+        """Count tokens that a call appended. A bucket exists only while it is not full."""
+        if self.bucket is None:
+            limit = self.quota.tokens_per_minute
+            self.bucket = Bucket(limit / MINUTE, limit, now)
+        self.bucket.spend(tokens, now)
+
+    def change(self, quota: TenantQuota, now: float) -> None:
+        """New limits; what has been used stays used."""
+        self.quota = quota
+        if self.bucket is not None:
+            self.bucket.change(quota.tokens_per_minute / MINUTE, quota.tokens_per_minute, now)
+
+    def over_pages(self, pages: int) -> LimitMet | None:
+        """Whether one sequence of so many pages is more than the tenant may ever hold."""
+        limit = self.quota.kv_pages
+        return LimitMet("kv_pages", limit, pages) if pages > limit else None

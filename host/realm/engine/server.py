@@ -20,20 +20,25 @@ import signal
 import socket
 import sys
 import time
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 
-from realm.channel import BlockingChannel, ChannelClosed, listen
+from realm.channel import ChannelClosed, listen
 from realm.engine.core import EngineCore, EngineOptions, load_engine
 from realm.engine.kv_cache import PAGE_SIZE
+from realm.engine.links import PeerLink
+from realm.engine.workers import MAX_WORKER
 from realm.errors import RealmError
 from realm.messages import (
+    EngineOp,
     EngineReady,
     EngineReply,
     GatewayHello,
     StatsRequest,
+    TenantQuota,
     ToEngine,
     WorkerHello,
     WorkerLost,
@@ -50,19 +55,44 @@ GATHER_MAXIMUM = 0.010
 """... and at most this many, so that one worker full of busy guests cannot slow the others down."""
 
 
+GATHER_PATIENCE = 8
+"""Waits in a row that a worker may use up. Then it is waited for again only after it has answered."""
+
+MAX_PEERS = 1024
+"""Connections at a time; further ones are closed at once."""
+
+MAX_OPERATIONS = 8192
+"""Operations of one worker between two steps, some 10 ms of work; the rest waits for the next step."""
+
+
+class _Intruder(ValueError):
+    """A peer sent what is not its to send."""
+
+
 @dataclass(slots=True)
 class Peer:
-    """One connected process. ``answered`` and ``sent`` count replies handled by it and sent to it."""
+    """One connected process.
 
-    channel: BlockingChannel[ToEngine]
+    ``answered`` and ``sent`` count replies handled by it and sent to it, ``missed`` the waits for it in
+    vain. ``backlog`` are operations that came faster than the engine takes them from one worker.
+    """
+
+    link: PeerLink
     worker: int | None = None
-    gateway: bool = False
     sent: int = 0
     answered: int = 0
+    missed: int = 0
+    allowance: int = MAX_OPERATIONS
+    backlog: deque[EngineOp] = field(default_factory=deque)
+    writing: bool = False
 
 
 class EngineServer:
-    """Moves messages between sockets and the core; holds no state of its own beyond the peers."""
+    """Moves messages between sockets and the core; holds no state of its own beyond the peers.
+
+    A peer that breaks a rule is closed, and nothing else: rules are that the first gateway is the only
+    one, that a worker says one hello with a number that is free, and that each sends what is its own.
+    """
 
     def __init__(self, core: EngineCore, listener: socket.socket, load_seconds: float) -> None:
         self._core = core
@@ -72,6 +102,7 @@ class EngineServer:
         self._poll.register(listener, select.POLLIN)
         self._peers: dict[int, Peer] = {}
         self._workers: dict[int, Peer] = {}
+        self._gateway: Peer | None = None
         self._last_step = 0.0
         self._stopping = False
 
@@ -79,7 +110,9 @@ class EngineServer:
         """Serve until the gateway goes."""
         core = self._core
         while not self._stopping:
-            self._receive(0.0 if core.has_work() else None)
+            backlog = any(peer.backlog for peer in self._workers.values())
+            self._receive(0.0 if backlog or core.has_work() else None)
+            self._submit_backlog()
             if not core.has_work():
                 continue
             self._gather()
@@ -96,72 +129,144 @@ class EngineServer:
         """Wait until every worker has handled its last reply, or its time is over."""
         longest = min(GATHER_MAXIMUM, max(GATHER_MINIMUM, GATHER_FRACTION * self._last_step))
         deadline = time.perf_counter() + longest
-        while any(peer.answered < peer.sent for peer in self._workers.values()):
+        while late := [p for p in self._workers.values() if p.answered < p.sent and p.missed < GATHER_PATIENCE]:
             left = deadline - time.perf_counter()
             if left <= 0:
+                for peer in late:
+                    peer.missed += 1
                 return
             self._receive(left)
 
     def _receive(self, timeout: float | None) -> None:
         """Apply what has arrived; waits up to ``timeout`` seconds (None: for ever) for something."""
-        for descriptor, _ in self._poll.poll(None if timeout is None else timeout * 1000):
+        for descriptor, events in self._poll.poll(None if timeout is None else timeout * 1000):
             if descriptor == self._listener.fileno():
                 self._accept()
                 continue
-            peer = self._peers[descriptor]
-            try:
-                for message in peer.channel.receive():
-                    self._handle(peer, message)
-            except ChannelClosed:
-                self._lost(descriptor, peer)
-            except (ValueError, msgspec.MsgspecError):
-                log.exception("a peer sent a frame that is not ours; closing its link")
-                self._lost(descriptor, peer)
+            peer = self._peers.get(descriptor)
+            if peer is None:
+                continue  # closed by a message that came before in this turn
+            if events & select.POLLOUT:
+                peer.link.flush()
+                self._watch(peer)
+            if events & ~select.POLLOUT and not peer.backlog:
+                self._read(peer)
+
+    def _read(self, peer: Peer) -> None:
+        try:
+            for message in peer.link.receive():
+                self._handle(peer, message)
+                if peer.link.fileno() < 0:
+                    return
+        except ChannelClosed:
+            self._lost(peer)
+        except (ValueError, msgspec.MsgspecError, RecursionError) as error:
+            # What the frame holds may be a tenant's: only the kind of fault is logged.
+            log.error("peer %s broke a rule (%s); closing its link", peer.worker, error)
+            self._lost(peer)
+        except Exception:
+            # A defect that a worker found. What it has is freed, and the check of that tells whether
+            # the engine can go on.
+            log.exception("a message of peer %s could not be handled; closing its link", peer.worker)
+            self._lost(peer)
 
     def _accept(self) -> None:
-        sock, _ = self._listener.accept()
-        channel: BlockingChannel[ToEngine] = BlockingChannel(sock, ToEngine)
-        self._peers[channel.fileno()] = Peer(channel)
-        self._poll.register(channel.fileno(), select.POLLIN)
+        try:
+            sock, _ = self._listener.accept()
+        except OSError:
+            log.exception("a connection could not be accepted")
+            return
+        if len(self._peers) >= MAX_PEERS:
+            sock.close()
+            return
+        peer = Peer(PeerLink(sock))
+        self._peers[peer.link.fileno()] = peer
+        self._poll.register(peer.link.fileno(), select.POLLIN)
 
     def _handle(self, peer: Peer, message: ToEngine) -> None:
         match message:
             case WorkerTurn():
-                if peer.worker is None:
-                    raise ValueError("a turn before the worker's hello")
-                peer.answered = max(peer.answered, message.answered)
-                self._core.submit(peer.worker, message.ops)
+                self._turn(peer, message)
             case WorkerHello():
-                peer.worker = message.worker
-                self._workers[message.worker] = peer
+                self._hello(peer, message.worker)
             case GatewayHello():
-                peer.gateway = True
+                if self._gateway is not None or peer.worker is not None:
+                    raise _Intruder("there is a gateway already")
+                self._gateway = peer
                 config = self._core.config
                 pages = self._core.scheduler.pool.total
                 self._send(
                     peer, EngineReady(self._core.name, pages, PAGE_SIZE, config.context_length, self._load_seconds)
                 )
+            case _ if peer is not self._gateway:
+                raise _Intruder(f"{type(message).__name__} is the gateway's to send")
             case StatsRequest():
                 self._send(peer, self._core.stats(message.call))
+            case TenantQuota():
+                self._core.set_quota(message)
             case WorkerLost():
-                self._core.drop_worker(message.worker)
+                lost = self._workers.get(message.worker)
+                if lost is not None:
+                    self._lost(lost)
+
+    def _hello(self, peer: Peer, worker: int) -> None:
+        if peer.worker is not None or peer is self._gateway:
+            raise _Intruder("a second hello")
+        if worker in self._workers or not 0 <= worker < MAX_WORKER:
+            raise _Intruder(f"worker number {worker} is in use or out of range")
+        peer.worker = worker
+        self._workers[worker] = peer
+
+    def _turn(self, peer: Peer, turn: WorkerTurn) -> None:
+        if peer.worker is None:
+            raise _Intruder("a turn before the worker's hello")
+        if turn.answered > peer.answered:
+            peer.answered = min(turn.answered, peer.sent)
+            peer.missed = max(0, peer.missed - 1)
+        if not peer.backlog and len(turn.ops) <= peer.allowance:
+            peer.allowance -= len(turn.ops)
+            self._core.submit(peer.worker, turn.ops)
+        else:
+            peer.backlog.extend(turn.ops)
+
+    def _submit_backlog(self) -> None:
+        """Take the next portion of what workers have asked; a new one is allowed for each step."""
+        for worker, peer in list(self._workers.items()):
+            peer.allowance = MAX_OPERATIONS
+            if peer.backlog:
+                count = min(len(peer.backlog), MAX_OPERATIONS)
+                peer.allowance -= count
+                portion = [peer.backlog.popleft() for _ in range(count)]
+                try:
+                    self._core.submit(worker, portion)
+                except Exception:
+                    log.exception("operations of worker %s could not be handled; closing its link", worker)
+                    self._lost(peer)
 
     def _send(self, peer: Peer, message: object) -> None:
-        try:
-            peer.channel.send(message)
-        except ChannelClosed:
-            # Its pages are freed when the poll reports the closed link, in one place.
-            log.warning("worker %s went while being answered", peer.worker)
+        if not peer.link.send(message):
+            log.error("worker %s does not read its replies; closing its link", peer.worker)
+            self._lost(peer)
+            return
+        self._watch(peer)
 
-    def _lost(self, descriptor: int, peer: Peer) -> None:
+    def _watch(self, peer: Peer) -> None:
+        """Be told when a peer can take more, while something waits for it."""
+        writing = peer.link.unread > 0
+        if writing != peer.writing:
+            peer.writing = writing
+            self._poll.modify(peer.link.fileno(), select.POLLIN | (select.POLLOUT if writing else 0))
+
+    def _lost(self, peer: Peer) -> None:
+        descriptor = peer.link.fileno()
         self._poll.unregister(descriptor)
         del self._peers[descriptor]
-        peer.channel.close()
+        peer.link.close()
         if peer.worker is not None:
-            self._workers.pop(peer.worker, None)
+            del self._workers[peer.worker]
             self._core.drop_worker(peer.worker)
             self._core.check()
-        if peer.gateway:
+        if peer is self._gateway:
             self._stopping = True
 
 

@@ -66,19 +66,24 @@ class KvCache:
     """Keys and values of all pages, one tensor a layer.
 
     Memory is committed by the kernel when a page is first written, so an idle engine stays small.
+
+    No sequence ever reads what another tenant has written, not even where a mask hides it: a hidden
+    position is still multiplied by its weight of 0, and 0 * NaN is NaN. So a page is cleared before it
+    is used unless all of it is written at once (:meth:`clear`), and padding reads the page after the last
+    one, ``empty``, which nobody writes.
     """
 
     def __init__(
         self, layers: int, pages: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        shape = (2, kv_heads, pages, PAGE_SIZE, head_dim)
-        # Zeros, not empty: a masked position is still multiplied by its weight of 0, and 0 * NaN is NaN.
+        shape = (2, kv_heads, pages + 1, PAGE_SIZE, head_dim)
+        self.empty = pages
         # An anonymous mapping is zero and committed page by page; torch.zeros would write, and so commit,
         # all of it, and numpy asks for huge pages, which are committed whole when 2 KiB are touched.
         size = math.prod(shape) * dtype.itemsize
         self.layers = [torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(shape).to(device) for _ in range(layers)]
         # Where the head-pages of page 0 lie in the flattened cache, [2, kv_heads].
-        self.offsets = np.arange(2 * kv_heads).reshape(2, kv_heads) * pages
+        self.offsets = np.arange(2 * kv_heads).reshape(2, kv_heads) * (pages + 1)
 
     def copy(self, pairs: list[tuple[int, int]]) -> None:
         """Copy whole pages, (source, destination); destinations are distinct."""
@@ -87,6 +92,12 @@ class KvCache:
         for layer in self.layers:
             # The right side is gathered before anything is written.
             layer[:, :, destination] = layer[:, :, source]
+
+    def clear(self, pages: list[int]) -> None:
+        """Set whole pages to zero; as numpy does it, three times as fast as torch: 30 layers of
+        SmolLM2-135M take 50 us for one page and 330 us for 32."""
+        for layer in self.layers:
+            layer.view(torch.int16).numpy()[:, :, pages] = 0
 
     def pieces(self, table: np.ndarray) -> Tensor:
         """Indices of head-pages for a table of pages [sequences, n]: [2 * sequences * kv_heads * n]."""
@@ -140,7 +151,7 @@ class PagedAttention:
         while last < end and -(-rows[last].length // PAGE_SIZE) <= limit:
             last += 1
         longest = -(-rows[last - 1].length // PAGE_SIZE)
-        table = np.zeros((last - first, longest), dtype=np.int64)
+        table = np.full((last - first, longest), self._cache.empty, dtype=np.int64)
         lengths = np.empty((last - first, 1), dtype=np.int64)
         for index, part in enumerate(rows[first:last]):
             used = -(-part.length // PAGE_SIZE)
