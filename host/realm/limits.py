@@ -84,13 +84,15 @@ class LimitDoc:
     unit: str
     default: int
     doc: str
+    low: int
+    high: int
 
 
 def _documented() -> Iterator[LimitDoc]:
     hints = get_type_hints(TenantLimits, include_extras=True)
     for field in msgspec.structs.fields(TenantLimits):
         (meta,) = hints[field.name].__metadata__
-        yield LimitDoc(field.name, meta.extra["unit"], field.default, meta.description)
+        yield LimitDoc(field.name, meta.extra["unit"], field.default, meta.description, meta.ge, meta.le)
 
 
 LIMITS: dict[str, LimitDoc] = {limit.name: limit for limit in _documented()}
@@ -106,17 +108,22 @@ def effective(*layers: Mapping[str, int]) -> TenantLimits:
     chosen: dict[str, int] = {}
     for layer in layers:
         chosen.update(layer)
-    for name in chosen:
+    for name, value in chosen.items():
         if name not in LIMITS:
             raise RealmError(
                 "invalid_params",
                 f"there is no limit {name[:64]!r}; there are {', '.join(LIMITS)}",
                 details={"param": name[:64], "available": list(LIMITS)},
             )
-    try:
-        return msgspec.convert(chosen, TenantLimits)
-    except msgspec.ValidationError as error:
-        raise RealmError("invalid_params", f"a limit is out of its range: {error}") from None
+        known = LIMITS[name]
+        # A bool is an int in Python, and no number of anything.
+        if type(value) is not int or not known.low <= value <= known.high:
+            raise RealmError(
+                "invalid_params",
+                f"{name} is {value!r}; it must be {known.low:,} to {known.high:,} {known.unit}",
+                details={"param": name, "low": known.low, "high": known.high},
+            )
+    return TenantLimits(**chosen)
 
 
 def over_limit(
