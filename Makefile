@@ -4,11 +4,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-.PHONY: help demo test lint types venv guests check-guests bench clean
+.PHONY: help demo test fuzz lint types venv guests check-guests bench clean
 
 help:
 	@echo "make demo    three tenants' guests on one real model, side by side"
 	@echo "make test    the whole test suite"
+	@echo "make fuzz    attacks made at random for ten minutes (FUZZ_SECONDS=600 FUZZ_SEED=1)"
 	@echo "make lint    ruff        make types   mypy"
 	@echo "make guests  rebuild the guests' .wasm with zig"
 	@echo "make bench   the benchmarks"
@@ -32,6 +33,17 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# Binaryen's fuzzer is an npm package; where npm is missing, the report says that it was left out.
+FUZZ_SECONDS ?= 600
+FUZZ_SEED ?= 1
+FUZZ_FINDINGS ?= .cache/fuzz
+FUZZ_BINARYEN ?= .cache/binaryen
+fuzz: $(STAMP)
+	@if command -v npm >/dev/null && [ ! -e $(FUZZ_BINARYEN)/node_modules/.bin/wasm-opt ]; then \
+		npm install --silent --no-audit --no-fund --prefix $(FUZZ_BINARYEN) binaryen@132.0.0 || echo "binaryen cannot be installed"; fi
+	FUZZ_BINARYEN=$(FUZZ_BINARYEN) $(BIN)/python -m tests.hostile.fuzz \
+		--seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED) --findings $(FUZZ_FINDINGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

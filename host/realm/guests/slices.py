@@ -65,7 +65,6 @@ class Slices:
         schedule, clock = self._schedule, self._runtime.clock
         tenants = schedule.woken.tenants
         began = at = clock()
-        worked = self._runtime.cpu_clock()
         served = 0
         spent: dict[Tenant, tuple[float, int]] = {}
         aside: list[Tenant] = []
@@ -90,7 +89,7 @@ class Slices:
                     break
         finally:
             tenants.extend(aside)
-            self._charge_dear(spent, self._runtime.cpu_clock() - worked)
+            self._charge_dear(spent)
         end = began + ANSWERED_SECONDS + served * SHORT_SECONDS
         while schedule.long and at < end:
             if schedule.may_run(schedule.long.tenants[0], now):
@@ -99,10 +98,14 @@ class Slices:
         if at - self._others_at >= OTHERS_SECONDS:
             self._one_of_each(now)
 
-    def _charge_dear(self, spent: dict[Tenant, tuple[float, int]], worked: float) -> None:
-        """Tenants whose visits took long pay for it, but for no time in which this thread did not run."""
+    def _charge_dear(self, spent: dict[Tenant, tuple[float, int]]) -> None:
+        """Tenants whose visits took long pay for it.
+
+        By wall time, which may count what other processes took: asking for processor time costs 0.5 us,
+        too much for every turn, and a tenant of short turns is far from its rate.
+        """
         for tenant, (seconds, guests) in spent.items():
-            dear = min(seconds, worked) - guests * SHORT_SECONDS - DEAR_SECONDS
+            dear = seconds - guests * SHORT_SECONDS - DEAR_SECONDS
             if dear > 0:
                 tenant.bucket.spend(dear * FUEL_A_SECOND, self._runtime.clock())
 
