@@ -1,0 +1,4 @@
+;; Uses atomic instructions. Refused.
+(module (memory (export "memory") 1)
+  (func (export "realm_abi_version") (result i32) (i32.const 1))
+  (func (export "run") (result i32) (i32.atomic.rmw.add (i32.const 0) (i32.const 1))))

@@ -1,0 +1,7 @@
+;; Has a data segment at 2^32 - 1. Refused.
+(module
+  (memory (export "memory") 1)
+  (data (i32.const -1) "xy")
+  (func (export "realm_abi_version") (result i32) (i32.const 1))
+  (func $run (export "run") (result i32)
+    (i32.const 0)))

@@ -1,0 +1,17 @@
+;; Frees a sequence twice, and uses it after. All are refused; returns how many were not.
+(module
+  (import "realm" "seq_new" (func $seq_new (result i32)))
+  (import "realm" "seq_free" (func $seq_free (param i32) (result i32)))
+  (import "realm" "seq_fork" (func $seq_fork (param i32) (result i32)))
+  (import "realm" "forward" (func $forward (param i32 i32 i32 i32 i32) (result i32)))
+  (import "realm" "logits_read" (func $logits_read (param i32 i32 i32) (result i32)))
+  (memory (export "memory") 1)
+  (func (export "realm_abi_version") (result i32) (i32.const 1))
+  (func $run (export "run") (result i32) (local $s i32)
+    (local.set $s (call $seq_new))
+    (drop (call $forward (local.get $s) (i32.const 0) (i32.const 4) (i32.const 0) (i32.const 0)))
+    (if (call $seq_free (local.get $s)) (then (return (i32.const 100))))
+    (drop (call $seq_new))
+    (i32.add (i32.add (i32.ne (call $seq_free (local.get $s)) (i32.const -3)) (i32.ne (call $seq_fork (local.get $s)) (i32.const -3)))
+      (i32.add (i32.ne (call $forward (local.get $s) (i32.const 0) (i32.const 4) (i32.const 0) (i32.const 0)) (i32.const -3))
+        (i32.ne (call $logits_read (local.get $s) (i32.const 0) (i32.const 0)) (i32.const -3))))))

@@ -1,0 +1,6 @@
+;; Imports WASI, whose pointers have 32 bits, with a 64-bit memory. Refused.
+(module
+  (import "wasi_snapshot_preview1" "random_get" (func (param i32 i32) (result i32)))
+  (memory (export "memory") i64 1)
+  (func (export "realm_abi_version") (result i32) (i32.const 1))
+  (func (export "run") (result i32) (i32.const 0)))

@@ -1,0 +1,16 @@
+;; Recurses with host calls at every depth, up to the stack's last byte. Traps: its stack is used up.
+(module
+  (import "realm" "tokenize" (func $tokenize (param i32 i32 i32 i32 i32) (result i32)))
+  (import "realm" "detokenize" (func $detokenize (param i32 i32 i32 i32 i32 i32) (result i32)))
+  (import "realm" "random" (func $random (result i64)))
+  (import "realm" "now" (func $now (result i64)))
+  (memory (export "memory") 1)
+  (data (i32.const 0) "deep")
+  (func $down (param i32) (result i32)
+    (drop (call $tokenize (i32.const 0) (i32.const 4) (i32.const 0) (i32.const 64) (i32.const 8)))
+    (drop (call $detokenize (i32.const 0) (i32.const 64) (i32.const 1) (i32.const 0) (i32.const 128) (i32.const 64)))
+    (drop (call $random)) (drop (call $now))
+    (i32.add (call $down (local.get 0)) (i32.const 1)))
+  (func (export "realm_abi_version") (result i32) (i32.const 1))
+  (func $run (export "run") (result i32)
+    (call $down (i32.const 0))))

@@ -1,0 +1,6 @@
+;; Its run returns nothing. Refused.
+(module
+  (memory (export "memory") 1)
+  (func (export "realm_abi_version") (result i32) (i32.const 1))
+  (func $run (export "run")
+    (nop)))

@@ -1,0 +1,4 @@
+;; Has a shared memory. Refused.
+(module (memory (export "memory") 1 1 shared)
+  (func (export "realm_abi_version") (result i32) (i32.const 1))
+  (func (export "run") (result i32) (i32.const 0)))

@@ -1,0 +1,17 @@
+;; Forwards, scores and detokenizes tokens that the model does not have. Refused; returns how many were not.
+(module
+  (import "realm" "seq_new" (func $seq_new (result i32)))
+  (import "realm" "forward" (func $forward (param i32 i32 i32 i32 i32) (result i32)))
+  (import "realm" "score" (func $score (param i32 i32 i32 i32 i32) (result i32)))
+  (import "realm" "detokenize" (func $detokenize (param i32 i32 i32 i32 i32 i32) (result i32)))
+  (memory (export "memory") 1)
+  (func (export "realm_abi_version") (result i32) (i32.const 1))
+  (func $run (export "run") (result i32) (local $s i32) (local $n i32)
+    (local.set $s (call $seq_new)) (drop (call $forward (local.get $s) (i32.const 0) (i32.const 1) (i32.const 0) (i32.const 0)))
+    (i32.store (i32.const 4) (i32.const 49152)) (i32.store (i32.const 8) (i32.const -1))
+    (if (i32.ne (call $forward (local.get $s) (i32.const 4) (i32.const 1) (i32.const 0) (i32.const 0)) (i32.const -1)) (then (local.set $n (i32.add (local.get $n) (i32.const 1)))))
+    (if (i32.ne (call $forward (local.get $s) (i32.const 8) (i32.const 1) (i32.const 0) (i32.const 0)) (i32.const -1)) (then (local.set $n (i32.add (local.get $n) (i32.const 1)))))
+    (if (i32.ne (call $forward (local.get $s) (i32.const 0) (i32.const 3) (i32.const 0) (i32.const 0)) (i32.const -1)) (then (local.set $n (i32.add (local.get $n) (i32.const 1)))))
+    (if (i32.ne (call $score (local.get $s) (i32.const 0) (i32.const 3) (i32.const 64) (i32.const 8)) (i32.const -1)) (then (local.set $n (i32.add (local.get $n) (i32.const 1)))))
+    (if (i32.ne (call $detokenize (i32.const 0) (i32.const 4) (i32.const 1) (i32.const 0) (i32.const 64) (i32.const 64)) (i32.const -1)) (then (local.set $n (i32.add (local.get $n) (i32.const 1)))))
+    (local.get $n)))

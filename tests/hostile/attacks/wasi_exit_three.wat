@@ -1,0 +1,7 @@
+;; Leaves by proc_exit(3). Completes with 3.
+(module
+  (import "wasi_snapshot_preview1" "proc_exit" (func $proc_exit (param i32)))
+  (memory (export "memory") 1)
+  (func (export "realm_abi_version") (result i32) (i32.const 1))
+  (func $run (export "run") (result i32)
+    (call $proc_exit (i32.const 3)) (i32.const 7)))
