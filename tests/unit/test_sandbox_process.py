@@ -467,3 +467,16 @@ sandbox.limit(1 << 30)
 print(flush=True)
 time.sleep(100)
 """
+
+
+def test_a_child_gives_way_between_sessions_too() -> None:
+    """Each child has a session of its own; where the kernel groups by it, niceness within it is not enough."""
+    code = (
+        "from pathlib import Path; import os; from realm import sandbox; sandbox.give_way();"
+        "group = Path('/proc/self/autogroup');"
+        "print(os.nice(0), group.read_text().split()[-1] if group.exists() else '10')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, start_new_session=True
+    )
+    assert all(int(niceness) >= 10 for niceness in done.stdout.split())

@@ -28,8 +28,6 @@ from realm.guests.module_limits import ModuleLimits
 
 ARTIFACT_BYTES = 512 << 20
 """Most bytes that the child may write. Native code has two to five times the size of its module."""
-NICENESS = 10
-"""The kernel gives what compiles less of a busy processor than what serves tokens, and reads its files later."""
 
 
 class Refusal(msgspec.Struct, frozen=True):
@@ -69,10 +67,10 @@ def compile_bytes(engine: Engine, data: bytes, max_bytes: int = MAX_MODULE_BYTES
 
 
 def _limit_self(memory_bytes: int, cpu_seconds: int) -> None:
+    sandbox.give_way()
     sandbox.limit(memory_bytes)
     resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds))
     resource.setrlimit(resource.RLIMIT_FSIZE, (ARTIFACT_BYTES, ARTIFACT_BYTES))
-    os.nice(NICENESS)
 
 
 def main(arguments: list[str]) -> int:

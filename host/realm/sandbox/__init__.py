@@ -1,7 +1,7 @@
 """Contains processes that run or compile tenants' code, with what Linux gives to every user."""
 
 from realm.sandbox.ceiling import Ceiling, DataCeiling, NoCeiling
-from realm.sandbox.entering import MEMORY_BYTES, Containment, enter, limit
+from realm.sandbox.entering import MEMORY_BYTES, Containment, enter, give_way, limit
 from realm.sandbox.profiles import COMPILER, WORKER, Profile
 
 __all__ = [
@@ -14,5 +14,6 @@ __all__ = [
     "NoCeiling",
     "Profile",
     "enter",
+    "give_way",
     "limit",
 ]

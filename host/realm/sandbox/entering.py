@@ -12,6 +12,7 @@ The gateway and the engine are not contained: neither runs a tenant's code.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import resource
@@ -29,6 +30,8 @@ from realm.sandbox.profiles import Profile
 
 MEMORY_BYTES = 4 << 30
 """Private memory of one guest worker that can be written, in bytes: of all its guests and itself."""
+NICENESS = 10
+"""Weighs about a tenth of what does not give way."""
 _FILES = 4096
 """Open files. Wasmtime keeps one for every loaded module."""
 
@@ -50,6 +53,20 @@ class Containment:
     def __str__(self) -> str:
         parts = (["seccomp"] if self.seccomp else []) + ([f"Landlock ABI {self.landlock}"] if self.landlock else [])
         return ", ".join(parts) or "resource limits only"
+
+
+def give_way() -> None:
+    """Let the engine and the gateway run first where processors are short. Call it before :func:`limit`.
+
+    A guest that spins takes a processor that an engine thread waits for, and in each layer all threads wait
+    for the slowest: a token took 42 to 52 ms instead of 15 on two processors, and takes 19 to 21 with this.
+    A worker needs little, and has what it needs while the engine waits for it.
+    """
+    os.nice(NICENESS)
+    # Each child has a session of its own, and where the kernel groups sessions, niceness counts only within
+    # one: it is the group's that counts between them.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/autogroup").write_text(str(NICENESS))
 
 
 def limit(memory_bytes: int) -> None:
