@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -96,8 +96,8 @@ async def test_ten_thousand_frames_in_one_write_hold_nobody_up(tmp_path: Path) -
         connection = connection_of(host)
         original = connection.read
 
-        def counted(units: int) -> tuple[int, bool]:
-            used, more = original(units)
+        def counted(units: int, late: Callable[[], bool]) -> tuple[int, bool]:
+            used, more = original(units, late)
             read.append(used)
             return used, more
 
@@ -232,6 +232,27 @@ async def test_uploads_never_finished_end_and_their_files_go(tmp_path: Path) -> 
 
 
 @async_test
+async def test_a_flood_of_empty_chunks_counts_as_calls(tmp_path: Path) -> None:
+    async with (
+        fake_host(tmp_path, defaults={"requests_per_minute": 20}) as host,
+        bystander(host) as bob,
+        authenticated(host) as client,
+    ):
+        client.send(begin(1))
+        assert (await client.message())["data"]["upload"] == 1
+        client.send(chunk(1, 0, b"") * 30)
+        answers = [await client.message() for _ in range(30)]
+        assert {answer["type"] for answer in answers[:19]} == {"upload_ack"}
+        for answer in answers[19:]:
+            assert answer["type"] == "upload_error" and answer["upload"] == 1
+            assert answer["error"]["code"] == "rate_limited" and answer["error"]["retry_after"] > 0
+        # What completes the upload is paid for by its beginning.
+        client.send(chunk(1, 0, WASM))
+        assert await client.message() == {"type": "upload_ack", "upload": 1, "received": len(WASM)}
+        await bob.works()
+
+
+@async_test
 async def test_empty_chunks_do_not_keep_an_upload(tmp_path: Path) -> None:
     limits = GatewayLimits(upload_idle_seconds=0.3)
     async with fake_host(tmp_path, limits=limits) as host, bystander(host), authenticated(host) as client:
@@ -305,12 +326,10 @@ async def test_foreign_uploads_cannot_be_touched(tmp_path: Path) -> None:
 
 @async_test
 async def test_a_chunk_sent_byte_by_byte(tmp_path: Path) -> None:
-    defaults: dict[str, Any] = {"requests_per_minute": 10}
-    async with fake_host(tmp_path, defaults=defaults) as host, bystander(host), authenticated(host) as client:
+    async with fake_host(tmp_path) as host, bystander(host), authenticated(host) as client:
         content = WASM + bytes(200)
         client.send(begin(1, size=len(content), sha256=hashlib.sha256(content).hexdigest()))
         assert (await client.message())["data"]["upload"] == 1
-        # Good chunks are no calls, however small.
         for n in range(len(content)):
             client.send(chunk(1, n, content[n : n + 1]))
         for n in range(len(content)):

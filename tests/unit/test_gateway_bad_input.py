@@ -488,4 +488,4 @@ async def test_abandoned_uploads_leave_no_files(tmp_path: Path) -> None:
         host.compiler.gate.set()
         async with host.client() as client:
             assert (await client.data("modules.list"))["modules"] == []
-        assert not list((tmp_path / "incoming").iterdir())
+        await eventually(lambda: not list((tmp_path / "incoming").iterdir()))

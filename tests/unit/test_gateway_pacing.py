@@ -11,7 +11,7 @@ from websockets.frames import Frame, Opcode
 
 from realm.gateway.admission import Admission
 from realm.gateway.frames import Messages, TooManyFragments, received_size
-from realm.gateway.pacing import READ_UNITS, TURN_UNITS, Refusals, Turns
+from realm.gateway.pacing import READ_UNITS, TURN_SECONDS, TURN_UNITS, Refusals, Turns
 from realm.settings import GatewayLimits
 from tests.raw_client import frame
 
@@ -21,6 +21,10 @@ class Loop:
 
     def __init__(self) -> None:
         self.next: list[Callable[[], None]] = []
+        self.now = 0.0
+
+    def clock(self) -> float:
+        return self.now
 
     def call_soon(self, callback: Callable[[], None]) -> None:
         self.next.append(callback)
@@ -42,7 +46,7 @@ class FakeReader:
         self.broken = broken
         self.aborted = False
 
-    def read(self, units: int) -> tuple[int, bool]:
+    def read(self, units: int, late: Callable[[], bool]) -> tuple[int, bool]:
         assert 0 < units <= READ_UNITS
         if self.broken:
             raise ValueError("a fault of the host's")
@@ -57,14 +61,14 @@ class FakeReader:
 
 def test_a_single_frame_is_handled_at_once() -> None:
     loop, log = Loop(), list[tuple[str, int]]()
-    turns = Turns(loop.call_soon)
+    turns = Turns(loop.call_soon, loop.clock)
     turns.ask(FakeReader("a", 1, log))
     assert log == [("a", 1)] and len(turns) == 0
 
 
 def test_a_turn_is_bounded_and_the_next_goes_on() -> None:
     loop, log = Loop(), list[tuple[str, int]]()
-    turns = Turns(loop.call_soon)
+    turns = Turns(loop.call_soon, loop.clock)
     readers = [FakeReader("a", 1000, log) for _ in range(50)]
     for reader in readers:
         turns.ask(reader)
@@ -85,7 +89,7 @@ def test_a_turn_is_bounded_and_the_next_goes_on() -> None:
 )
 def test_everything_is_read_and_no_turn_is_long(asked: list[tuple[str, int, int]]) -> None:
     loop, log = Loop(), list[tuple[str, int]]()
-    turns = Turns(loop.call_soon)
+    turns = Turns(loop.call_soon, loop.clock)
     readers = []
     for tenant, frames, turns_later in asked:
         for _ in range(turns_later):
@@ -106,13 +110,57 @@ def test_everything_is_read_and_no_turn_is_long(asked: list[tuple[str, int, int]
 
 def test_a_broken_reader_is_cut_and_others_go_on() -> None:
     loop, log = Loop(), list[tuple[str, int]]()
-    turns = Turns(loop.call_soon)
+    turns = Turns(loop.call_soon, loop.clock)
     broken, well = FakeReader("a", 1, log, broken=True), FakeReader("a", 100, log)
     turns.ask(broken)
     turns.ask(well)
     while loop.turn():
         pass
     assert broken.aborted and well.frames == 0 and len(turns) == 0
+
+
+class SlowReader(FakeReader):
+    """Each of its frames takes so many seconds of the loop's clock."""
+
+    def __init__(self, tenant: str, frames: int, log: list[tuple[str, int]], loop: Loop, seconds: float) -> None:
+        super().__init__(tenant, frames, log)
+        self.loop = loop
+        self.seconds = seconds
+
+    def read(self, units: int, late: Callable[[], bool]) -> tuple[int, bool]:
+        used = 0
+        while used < min(units, self.frames) and not (used and late()):
+            used += 1
+            self.loop.now += self.seconds
+        self.frames -= used
+        self.log.append((self.tenant, used))
+        return used, self.frames > 0
+
+
+@pytest.mark.parametrize("seconds", [TURN_SECONDS / 10, TURN_SECONDS, TURN_SECONDS * 10])
+def test_frames_that_take_long_end_the_turn(seconds: float) -> None:
+    loop, log = Loop(), list[tuple[str, int]]()
+    turns = Turns(loop.call_soon, loop.clock)
+    slow = [SlowReader("a", 50, log, loop, seconds) for _ in range(3)]
+    for reader in slow:
+        turns.ask(reader)
+    most = TURN_SECONDS + seconds + 1e-9
+    assert loop.now <= most
+    quiet = FakeReader("b", 1, log)
+    turns.ask(quiet)
+    began = loop.now
+    while quiet.frames:
+        assert loop.turn()
+    # One turn for what the other tenant had queued before, and one that begins with this one's.
+    assert loop.now - began <= 2 * most
+    turns_left = 0
+    while True:
+        before = loop.now
+        if not loop.turn():
+            break
+        turns_left += 1
+        assert loop.now - before <= most
+    assert not any(reader.frames for reader in slow) and turns_left > 1 and len(turns) == 0
 
 
 def test_refusals_pause_after_many_within_a_second() -> None:

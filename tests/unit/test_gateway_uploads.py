@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from realm.errors import RealmError
 from realm.gateway.quotas import TenantUse
-from realm.gateway.uploads import Uploads
+from realm.gateway.uploads import SMALL_CHUNK, Uploads
 from realm.limits import TenantLimits
 from realm.settings import GatewayLimits
 
@@ -134,6 +134,28 @@ class UploadMachine(RuleBasedStateMachine):
 
 TestUploads = UploadMachine.TestCase
 TestUploads.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+@pytest.mark.parametrize("completes", [False, True])
+@pytest.mark.parametrize("size", [0, 1, SMALL_CHUNK - 1, SMALL_CHUNK])
+def test_small_chunks_count_as_calls(tmp_path: Path, size: int, completes: bool) -> None:
+    limits, now = GatewayLimits(), [0.0]
+    use = TenantUse("alice", TenantLimits(requests_per_minute=1), lambda: now[0])
+    uploads = Uploads(limits, lambda: tmp_path / "file", use)
+    number = uploads.begin("m", SMALL_CHUNK * 2 + (size if completes else 100_000), "0" * 64, stored=False).number
+    uploads.chunk(number, 0, bytes(SMALL_CHUNK * 2))
+    assert use.requests_used() == 0
+    received = uploads.chunk(number, SMALL_CHUNK * 2, bytes(size))
+    counts = size == 0 or (size < SMALL_CHUNK and not completes)
+    assert use.requests_used() == counts
+    if counts:
+        with pytest.raises(RealmError) as refused:
+            uploads.chunk(number, received, b"")
+        assert refused.value.code == "rate_limited" and refused.value.retry_after
+        # Nothing is lost: it goes on where it was.
+        now[0] += 60.0
+        assert uploads.chunk(number, received, b"") == received
+    uploads.close()
 
 
 def test_a_full_disk_ends_the_upload(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ import logging
 import secrets
 import socket
 import time
+from collections.abc import Callable
 from functools import partial
 from http import HTTPStatus
 from typing import TYPE_CHECKING
@@ -92,8 +93,7 @@ class Connection(asyncio.Protocol):
         self._out: list[bytes] = []
         self._behind = False
         self._unlooked = 0
-        self._hold = 0
-        self._reading = True
+        self._hold, self._reading = 0, True
         self._resume: asyncio.TimerHandle | None = None
         now = time.monotonic()
         self._auth_deadline = now + limits.auth_seconds
@@ -263,10 +263,10 @@ class Connection(asyncio.Protocol):
 
     # --- reading --------------------------------------------------------------------------------
 
-    def read(self, units: int) -> tuple[int, bool]:
+    def read(self, units: int, late: Callable[[], bool]) -> tuple[int, bool]:
         """Handle what has come, a frame or a slice of bytes at a time; see :class:`pacing.Reader`."""
         used, intake = 0, self._intake
-        while used < units and intake.waiting and self._transport is not None and not self._hold:
+        while used < units and intake.waiting and self._transport is not None and not (self._hold or (used and late())):
             used += 1
             try:
                 got = intake.step()
@@ -377,7 +377,7 @@ class Connection(asyncio.Protocol):
             self._act(self._session.refused(reason, retry_after=round(wait, 3)))
             return
         self._stop(_HOLD_KEY)
-        looked_up = self._gateway.registry.run(partial(Database.authenticate, key=key))
+        looked_up = self._gateway.registry.run(partial(Database.authenticate, key=key), urgent=True)
         looked_up.add_done_callback(partial(self._looked_up, key))
 
     def _looked_up(self, key: str, future: asyncio.Future[Principal | None]) -> None:
@@ -451,7 +451,7 @@ class Connection(asyncio.Protocol):
         except (RealmError, OSError) as cause:
             error = cause if isinstance(cause, RealmError) else internal_error("upload", cause)
             try:
-                # Good chunks are paid for by their upload; bad ones are calls.
+                # Good chunks are paid for already; bad ones are calls.
                 use.request()
             except RealmError as over:
                 error = over

@@ -12,7 +12,7 @@ import itertools
 import secrets
 import time
 from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import msgspec
 
@@ -25,13 +25,19 @@ from realm.gateway.tenants import set_limits, show_limits
 from realm.gateway.uploads import Uploads
 from realm.limits import over_limit
 from realm.registry.blobs import hash_and_sync
+from realm.registry.database import Database
 from realm.registry.records import ModuleRecord, Principal
 
 if TYPE_CHECKING:
     from realm.gateway.gateway import Gateway
 
+T = TypeVar("T")
 GENERATE = "generate"
 """Name of the built-in module; tenants cannot take it."""
+
+_LIST_BYTES = 1 << 20
+_RUNNING_BYTES = 512
+"""About how much ``ps`` lists, as JSON; what a run in progress takes of it."""
 
 Result = dict[str, Any] | Coroutine[Any, Any, dict[str, Any] | None] | None
 
@@ -60,6 +66,8 @@ class Functions:
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
+        # It never changes and takes 2 ms to encode: as long as a hundred calls.
+        self._described = msgspec.Raw(p.encode([function.describe() for function in p.FUNCTIONS.values()]))
         self.handlers: dict[str, Handler] = {
             "generate": self.generate,
             "run": self.run,
@@ -174,11 +182,15 @@ class Functions:
         now = time.monotonic()
         scope = caller.scope
         listed: list[dict[str, Any]] = []
+        more = False
         for run in itertools.islice(gateway.runs.of(scope), limit):
             listed.append({**run.describe(now), "tenant": run.tenant})
         if params.all and len(listed) < limit:
-            rest = limit - len(listed)
-            for record in await gateway.registry.run(lambda database: database.list_runs(scope, rest)):
+            rest, size = limit - len(listed), max(0, _LIST_BYTES - _RUNNING_BYTES * len(listed))
+            records, more = await gateway.registry.run(
+                lambda database: database.page_runs(scope, rest, size), tenant=scope
+            )
+            for record in records:
                 entry: dict[str, Any] = {
                     "run": f"r{record.number}",
                     "module": record.module,
@@ -191,7 +203,8 @@ class Functions:
                 if record.error is not None:
                     entry["error"] = record.error
                 listed.append(entry)
-        return {"runs": listed, "engine": await gateway.engine_data(scope)}
+        data = {"runs": listed, "engine": await gateway.engine_data(scope)}
+        return {**data, "more": True} if more else data
 
     def logs(self, caller: Caller, call: Call, params: p.LogsParams) -> Result:
         run = self._gateway.runs.find(params.run, caller.scope)
@@ -201,7 +214,7 @@ class Functions:
 
     async def _finished_logs(self, scope: str | None, run_id: str) -> dict[str, Any]:
         number = parse_run(run_id)
-        lines, error = await self._gateway.registry.run(lambda database: database.run_log(scope, number))
+        lines, error = await self._gateway.registry.run(lambda database: database.run_log(scope, number), tenant=scope)
         return {"run": run_id, "lines": lines, **({} if error is None else {"error": error})}
 
     # --- modules --------------------------------------------------------------------------------
@@ -214,7 +227,9 @@ class Functions:
         if size > limits.module_bytes:
             text = f"a module of {size:,} bytes is too large"
             raise over_limit("module_bytes", limits.module_bytes, size, text, code="module_too_large")
-        known = await self._gateway.registry.run(lambda database: database.check_stored(tenant, sha256, size, limits))
+        known = await self._gateway.registry.run(
+            lambda database: database.check_stored(tenant, sha256, size, limits), tenant=tenant
+        )
         # A wrong size beside a known hash is let through to the upload, where it fails like any other.
         upload = caller.uploads.begin(params.name, size, sha256, stored=known == size)
         return {"upload": upload.number, "received": upload.received, "exists": upload.stored}
@@ -226,7 +241,9 @@ class Functions:
         try:
             sha256 = upload.sha256
             if file is None:
-                file = await gateway.registry.run(lambda database: database.borrow_content(tenant, sha256))
+                file = await gateway.registry.run(
+                    lambda database: database.borrow_content(tenant, sha256), tenant=tenant
+                )
             found = await asyncio.to_thread(hash_and_sync, file)
             if found != sha256:
                 raise RealmError(
@@ -235,12 +252,13 @@ class Functions:
                     details={"announced": sha256, "received": found},
                 )
             compiled = await gateway.artifacts.make(sha256, file, tenant)
-            record = await gateway.commit_module(tenant, upload.name, file, sha256, upload.size, list(compiled.imports))
+            imports = list(compiled.imports)
+            record = await gateway.commit_module(tenant, upload.name, file, sha256, upload.size, imports)
         finally:
             caller.uploads.end(params.upload)
             if file is not None:
                 file.unlink(missing_ok=True)
-        return {**_module_data(record), "imports": record.imports}
+        return {**_module_data(record), "imports": imports}
 
     def modules_abort(self, caller: Caller, call: Call, params: p.UploadParams) -> Result:
         caller.uploads.abort(params.upload)
@@ -248,7 +266,7 @@ class Functions:
 
     async def modules_list(self, caller: Caller, call: Call, params: p.NoParams) -> dict[str, Any]:
         tenant = caller.principal.tenant
-        records = await self._gateway.registry.run(lambda database: database.list_modules(tenant))
+        records = await self._gateway.registry.run(lambda database: database.list_modules(tenant), tenant=tenant)
         return {"modules": [{**_module_data(record), "created": record.created} for record in records]}
 
     async def modules_remove(self, caller: Caller, call: Call, params: p.NameParams) -> dict[str, Any]:
@@ -258,7 +276,7 @@ class Functions:
     # --- the host -------------------------------------------------------------------------------
 
     async def models_list(self, caller: Caller, call: Call, params: p.NoParams) -> dict[str, Any]:
-        return {"models": await asyncio.to_thread(self._gateway.list_models)}
+        return {"models": await self._gateway.models.get()}
 
     async def health(self, caller: Caller, call: Call, params: p.NoParams) -> dict[str, Any]:
         gateway = self._gateway
@@ -275,17 +293,21 @@ class Functions:
         return {
             "version": __version__,
             "protocol": p.PROTOCOL,
-            "functions": [function.describe() for function in p.FUNCTIONS.values()],
+            "functions": self._described,
         }
 
     # --- administration -------------------------------------------------------------------------
 
+    def _own(self, caller: Caller, work: Callable[[Database], T]) -> asyncio.Future[T]:
+        """An operation that has its turn as the caller's own, whatever other tenants have queued."""
+        return self._gateway.registry.run(work, tenant=caller.principal.tenant)
+
     async def tenants_add(self, caller: Caller, call: Call, params: p.AddTenantParams) -> dict[str, Any]:
-        await self._gateway.registry.run(lambda database: database.add_tenant(params.name))
+        await self._own(caller, lambda database: database.add_tenant(params.name))
         return {"name": params.name}
 
     async def tenants_list(self, caller: Caller, call: Call, params: p.NoParams) -> dict[str, Any]:
-        return {"tenants": await self._gateway.registry.run(lambda database: database.list_tenants())}
+        return {"tenants": await self._own(caller, lambda database: database.list_tenants())}
 
     async def tenants_show(self, caller: Caller, call: Call, params: p.ShowTenantParams) -> dict[str, Any]:
         if caller.scope not in (None, params.name):
@@ -299,14 +321,14 @@ class Functions:
         return await show_limits(self._gateway, params.name)
 
     async def keys_add(self, caller: Caller, call: Call, params: p.AddKeyParams) -> dict[str, Any]:
-        key = await self._gateway.registry.run(lambda database: database.add_key(params.tenant))
+        key = await self._own(caller, lambda database: database.add_key(params.tenant))
         return msgspec.structs.asdict(key)
 
     async def keys_list(self, caller: Caller, call: Call, params: p.ListKeysParams) -> dict[str, Any]:
-        return {"keys": await self._gateway.registry.run(lambda database: database.list_keys(params.tenant))}
+        return {"keys": await self._own(caller, lambda database: database.list_keys(params.tenant))}
 
     async def keys_revoke(self, caller: Caller, call: Call, params: p.RevokeParams) -> dict[str, Any]:
-        await self._gateway.registry.run(lambda database: database.revoke_key(params.id))
+        await self._own(caller, lambda database: database.revoke_key(params.id))
         self._gateway.drop_key(params.id)
         return {}
 

@@ -23,6 +23,7 @@ from realm.gateway.guest_store import GuestStore
 from realm.gateway.invoking import internal_error
 from realm.gateway.links import EngineClient, Link
 from realm.gateway.quotas import RETRY_SECONDS, Quotas
+from realm.gateway.recent import Recent
 from realm.gateway.run import Run, Worker
 from realm.gateway.runs import RunManager
 from realm.messages import Shutdown, WorkerEvents, WorkerHello, WorkerToGateway
@@ -42,6 +43,8 @@ T = TypeVar("T")
 _RUN_BLOCK = 4096
 """Run numbers reserved at a time: a start never waits for the disk."""
 _PRUNE_EVERY = 1000
+_MODELS_SECONDS = 1.0
+"""Age of what ``models.list`` gives: it reads the disk, and any client may ask."""
 _ENGINE_GRACE = 0.02
 """Workers end when the engine does; this long (s) the blame for a lost worker waits for that news."""
 
@@ -64,10 +67,12 @@ class Gateway:
         self.limits = settings.limits
         self.registry = registry
         self.model = model
-        self.list_models = models
+        self.models = Recent(models, _MODELS_SECONDS)
         self.began = time.monotonic()
         self.engine: EngineClient | None = None
-        self.artifacts = Artifacts(settings.home / "cache", compiler, settings.limits.compiles)
+        self.artifacts = Artifacts(
+            settings.home / "cache", compiler, settings.limits.compiles, in_use=self._modules_in_use
+        )
         self.connections: set[Connection] = set()
         self.on_worker_lost: Callable[[int], None] | None = None
         self.worker_joined = asyncio.Event()
@@ -172,7 +177,8 @@ class Gateway:
         self._next_run += 1
         if self._last_run - self._next_run < _RUN_BLOCK // 2 and not self._reserving:
             self._reserving = True
-            self.registry.run(lambda database: database.reserve_runs(_RUN_BLOCK)).add_done_callback(self._reserved)
+            future = self.registry.run(lambda database: database.reserve_runs(_RUN_BLOCK), urgent=True)
+            future.add_done_callback(self._reserved)
         return run
 
     def _reserved(self, future: asyncio.Future[int]) -> None:
@@ -182,10 +188,10 @@ class Gateway:
             self._last_run = future.result() + _RUN_BLOCK - 1
 
     def _run_started(self, record: RunRecord) -> None:
-        self.registry.post(lambda database: database.add_run(record))
+        self.registry.post(lambda database: database.add_run(record), tenant=record.tenant)
 
     def _run_finished(self, record: RunRecord, lines: list[LogLine]) -> None:
-        self.registry.post(lambda database: database.finish_run(record, lines))
+        self.registry.post(lambda database: database.finish_run(record, lines), tenant=record.tenant)
         self._finished_runs += 1
         if self._draining and not self.runs.runs:
             self.no_runs.set()
@@ -276,10 +282,13 @@ class Gateway:
             self._builtin_sha256 = await asyncio.to_thread(hash_and_sync, self._builtin)
             return await self._compiled(tenant, self._builtin_sha256)
         epoch = self._epoch.get(tenant, 0)
-        record = await self.registry.run(lambda database: database.find_module(tenant, name))
+        record = await self.registry.run(lambda database: database.find_module(tenant, name), tenant=tenant)
         if self._epoch.get(tenant, 0) == epoch:
             self._modules[tenant, name] = record.sha256
         return await self._compiled(tenant, record.sha256)
+
+    def _modules_in_use(self) -> set[str]:
+        return {run.sha256 for run in self.runs.runs.values()}
 
     async def _compiled(self, tenant: str, sha256: str) -> Compiled:
         """Content of a tenant, or the host's own, compiled."""
@@ -287,8 +296,8 @@ class Gateway:
         if compiled is not None:
             return compiled
         if sha256 == self._builtin_sha256:
-            return await self.artifacts.make(sha256, self._builtin, tenant)
-        wasm = await self.registry.run(lambda database: database.borrow_content(tenant, sha256))
+            return await self.artifacts.make(sha256, self._builtin, tenant, builtin=True)
+        wasm = await self.registry.run(lambda database: database.borrow_content(tenant, sha256), tenant=tenant)
         try:
             return await self.artifacts.make(sha256, wasm, tenant)
         finally:
@@ -311,7 +320,7 @@ class Gateway:
 
     async def _change(self, tenant: str, name: str, work: Callable[[Database], T]) -> T:
         """Change a module in the registry, and forget what was known of it, even if the caller leaves."""
-        future = self.registry.run(work)
+        future = self.registry.run(work, tenant=tenant)
 
         def changed(done: asyncio.Future[T]) -> None:
             self._epoch[tenant] = self._epoch.get(tenant, 0) + 1

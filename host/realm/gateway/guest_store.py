@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 from realm.errors import RealmError
+from realm.gateway.invoking import internal_error
 from realm.gateway.quotas import Quotas
 from realm.gateway.run import Worker
 from realm.guests.abi import ErrorCode
@@ -26,7 +27,7 @@ class GuestStore:
         call, key = request.call, request.key
         future: asyncio.Future[Any]
         if isinstance(request, StoreGet):
-            future = self._registry.run(lambda database: database.store_get(tenant, key))
+            future = self._registry.run(lambda database: database.store_get(tenant, key), tenant=tenant)
         else:
             value = request.value
             if len(value) > self._value_bytes:
@@ -34,7 +35,9 @@ class GuestStore:
                 worker.send(StoreReply(call, ErrorCode.LIMIT, message=message))
                 return
             limit = self._quotas.of(tenant).limits.store_bytes
-            future = self._registry.run(lambda database: database.store_set(tenant, key, value, limit=limit))
+            future = self._registry.run(
+                lambda database: database.store_set(tenant, key, value, limit=limit), tenant=tenant
+            )
 
         def answer(done: asyncio.Future[Any]) -> None:
             if done.cancelled():
@@ -52,7 +55,9 @@ class GuestStore:
 
 def _refusal(call: int, error: BaseException) -> StoreReply:
     if not isinstance(error, RealmError) or error.code != "limit_exceeded":
-        return StoreReply(call, ErrorCode.INTERNAL, message=str(error))
+        correlation = internal_error("the guests' store", error).details["correlation"]
+        message = f"the host failed; its log has the cause under {correlation}"
+        return StoreReply(call, ErrorCode.INTERNAL, message=message)
     details = error.details
     met = LimitMet(details["name"], details["limit"], details["used"])
     return StoreReply(call, ErrorCode.LIMIT, message=error.message, limit=met)

@@ -9,6 +9,7 @@ next turn, after what workers have sent meanwhile.
 from __future__ import annotations
 
 import logging
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Protocol
@@ -21,6 +22,8 @@ TURN_UNITS = 256
 """Frames, or slices of unread bytes, handled in one turn of the loop: some 3 ms of the smallest calls."""
 READ_UNITS = 32
 """Of these, for one connection at a time."""
+TURN_SECONDS = 0.003
+"""What one turn may take, whatever its units cost: at most one of them goes on beyond that."""
 
 
 class Reader(Protocol):
@@ -30,21 +33,32 @@ class Reader(Protocol):
     def tenant(self) -> str:
         """Whose share it is; empty while nobody knows."""
 
-    def read(self, units: int) -> tuple[int, bool]:
-        """Handle at most as many units; gives those used and whether more is there to be handled now."""
+    def read(self, units: int, late: Callable[[], bool]) -> tuple[int, bool]:
+        """Handle at most as many units, and no further one when ``late()``.
+
+        Gives the units used and whether more is there to be handled now.
+        """
 
     def abort(self) -> None:
         """Cut the connection."""
 
 
 class Turns:
-    """Round robin over tenants, and over the connections of each."""
+    """Round robin over tenants, and over the connections of each.
 
-    def __init__(self, call_soon: Callable[[Callable[[], None]], object]) -> None:
+    A turn ends when its units are used up, or its time (``clock``, in seconds): units are counted because
+    that is the same on every machine, and time because some units cost a thousand times what others do.
+    """
+
+    def __init__(
+        self, call_soon: Callable[[Callable[[], None]], object], clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._call_soon = call_soon
+        self._clock = clock
         self._waiting: OrderedDict[str, deque[Reader]] = OrderedDict()
         self._queued: set[Reader] = set()
         self._left = TURN_UNITS
+        self._seconds = TURN_SECONDS
         self._scheduled = False
 
     def ask(self, reader: Reader) -> None:
@@ -52,13 +66,17 @@ class Turns:
         if reader in self._queued:
             return
         self._enqueue(reader)
-        if len(self._queued) == 1 and self._left > 0:
+        if len(self._queued) == 1 and self._has_time:
             self._serve()
         self._schedule()
 
     def __len__(self) -> int:
         """Readers that wait."""
         return len(self._queued)
+
+    @property
+    def _has_time(self) -> bool:
+        return self._left > 0 and self._seconds > 0
 
     def _enqueue(self, reader: Reader) -> None:
         self._queued.add(reader)
@@ -71,8 +89,10 @@ class Turns:
         if readers:
             # To the end: the other tenants come first.
             self._waiting[tenant] = readers
+        began = self._clock()
+        until = began + self._seconds
         try:
-            used, more = reader.read(min(READ_UNITS, self._left))
+            used, more = reader.read(min(READ_UNITS, self._left), lambda: self._clock() >= until)
         except Exception:
             # A fault of ours with one client must not stop the others' turns.
             log.exception("reading from a client failed; cutting it")
@@ -80,6 +100,7 @@ class Turns:
             used, more = READ_UNITS, False
         # Reading nothing costs, too; and time must run out even if all readers say that they used none.
         self._left -= max(1, used)
+        self._seconds -= self._clock() - began
         if more and reader not in self._queued:
             self._enqueue(reader)
 
@@ -90,8 +111,8 @@ class Turns:
 
     def _turn(self) -> None:
         self._scheduled = False
-        self._left = TURN_UNITS
-        while self._queued and self._left > 0:
+        self._left, self._seconds = TURN_UNITS, TURN_SECONDS
+        while self._queued and self._has_time:
             self._serve()
         if self._queued:
             self._schedule()

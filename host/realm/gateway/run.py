@@ -12,10 +12,12 @@ import msgspec
 
 from realm.errors import RealmError
 from realm.gateway.quotas import TenantUse
-from realm.messages import GatewayToWorker, RunFinished, Usage
+from realm.messages import ErrorInfo, GatewayToWorker, RunFinished, Usage
+from realm.registry.bounds import fit_error
 from realm.registry.records import LogLine
 
 OUTCOMES = ("complete", "error", "cancelled")
+LOG_LEVELS = frozenset(("debug", "info", "warning", "error"))
 
 
 class Sink(Protocol):
@@ -146,7 +148,7 @@ def usage_data(usage: Usage) -> dict[str, Any]:
 
 
 def check_end(event: RunFinished) -> None:
-    """Make sure of what a worker says at a run's end, before anything is done about it.
+    """Make sure of what a worker says at a run's end, before anything is done about it; shorten a long error.
 
     Raises:
         ValueError: an outcome that there is not, or an error that cannot be sent on as JSON.
@@ -155,6 +157,6 @@ def check_end(event: RunFinished) -> None:
         raise ValueError("a run ended with an outcome that there is not")
     if event.error is not None:
         try:
-            msgspec.json.encode(event.error)
+            event.error = ErrorInfo(**fit_error(msgspec.structs.asdict(event.error)))
         except (TypeError, RecursionError, msgspec.MsgspecError) as error:
             raise ValueError("a run's error cannot be sent on") from error

@@ -24,7 +24,7 @@ import msgspec
 
 from realm.errors import RealmError
 from realm.gateway.quotas import MESSAGE_BYTES, RETRY_SECONDS, Quotas, TenantUse
-from realm.gateway.run import Run, Sink, Worker, check_end, parse_run, usage_data
+from realm.gateway.run import LOG_LEVELS, Run, Sink, Worker, check_end, parse_run, usage_data
 from realm.gateway.waiting import WaitingRuns
 from realm.gateway.workers import Workers
 from realm.messages import (
@@ -379,6 +379,8 @@ class RunManager:
         return run.decoder.decode(data)
 
     def _log(self, run: Run, event: Log) -> None:
+        if event.level not in LOG_LEVELS:
+            raise ValueError("a line of a run's log has a level that there is not")
         line = LogLine(event.level, event.text)
         run.data = None
         run.log.append(line)

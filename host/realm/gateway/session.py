@@ -27,7 +27,6 @@ from realm.gateway.protocol import (
 )
 from realm.registry.records import Principal
 
-CLOSE_PROTOCOL = 4400
 CLOSE_AUTH = 4401
 CLOSE_TRY_LATER = 1013
 

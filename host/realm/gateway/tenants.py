@@ -23,7 +23,7 @@ async def show_limits(gateway: Gateway, tenant: str | None) -> dict[str, Any]:
     used: Mapping[str, int] = {}
     shown: dict[str, Any] = {"name": tenant}
     if tenant is not None:
-        record = await gateway.registry.run(lambda database: database.find_tenant(tenant))
+        record = await gateway.registry.run(lambda database: database.find_tenant(tenant), tenant=tenant)
         shown |= {"created": record.created, "keys": record.keys}
         used = await _used(gateway, tenant)
     limits = quotas.limits(tenant)
@@ -55,7 +55,7 @@ async def set_limits(gateway: Gateway, tenant: str | None, changes: Mapping[str,
 
 async def _used(gateway: Gateway, tenant: str) -> dict[str, int]:
     use = gateway.quotas.of(tenant)
-    stored = await gateway.registry.run(lambda database: database.stored(tenant))
+    stored = await gateway.registry.run(lambda database: database.stored(tenant), tenant=tenant)
     used = {
         "running_guests": use.running,
         "waiting_guests": use.waiting,

@@ -17,6 +17,9 @@ from realm.errors import RealmError
 from realm.gateway.quotas import TenantUse
 from realm.settings import GatewayLimits
 
+SMALL_CHUNK = 16 << 10
+"""A chunk of fewer bytes costs more to handle than to send, so it counts as a call."""
+
 
 @dataclass(slots=True)
 class Upload:
@@ -37,8 +40,8 @@ class Upload:
     received: int = 0
     committing: bool = False
 
-    def accept(self, offset: int, size: int, chunk_bytes: int) -> None:
-        """Account for a chunk; after an error nothing has changed, and the client may go on.
+    def check(self, offset: int, size: int, chunk_bytes: int) -> None:
+        """Whether a chunk may come now; after an error the client may go on.
 
         Raises:
             RealmError: ``upload_out_of_order`` or ``upload_size``; ``details.received`` is where to go on.
@@ -60,7 +63,6 @@ class Upload:
                 f"the upload was announced with {self.size} bytes and more came",
                 details={**details, "limit": self.size, "used": offset + size},
             )
-        self.received += size
 
     def begin_commit(self) -> None:
         """All bytes must be there.
@@ -121,14 +123,25 @@ class Uploads:
         return upload
 
     def chunk(self, number: int, offset: int, data: bytes) -> int:
-        """Write a chunk; gives the bytes received so far. Raises RealmError."""
+        """Write a chunk; gives the bytes received so far.
+
+        One of fewer than :data:`SMALL_CHUNK` bytes that does not complete its upload counts as a call.
+
+        Raises:
+            RealmError: as :meth:`Upload.check`, or ``rate_limited``; then nothing has changed.
+        """
         slot = self._slot(number)
-        slot.upload.accept(offset, len(data), self.limits.chunk_bytes)
+        upload, chunk_bytes = slot.upload, self.limits.chunk_bytes
+        upload.check(offset, len(data), chunk_bytes)
+        completes = bool(data) and offset + len(data) == upload.size
+        if len(data) < min(SMALL_CHUNK, chunk_bytes) and not completes:
+            self.use.request()
+        upload.received += len(data)
         if data:
             slot.active = self.clock()
         if slot.file is not None:
             slot.file.write(data)
-        return slot.upload.received
+        return upload.received
 
     def take(self, number: int) -> tuple[Upload, Path | None]:
         """Begin the commit: the upload and its whole file (None if stored), which :meth:`end` deletes.

@@ -79,11 +79,6 @@ class Workers:
             for worker in having:
                 worker.send(message)
 
-    @property
-    def sharing(self) -> list[str]:
-        """Tenants that have runs in workers."""
-        return list(self._having)
-
     def _left(self, worker: Worker, tenant: str) -> None:
         having = self._having.get(tenant)
         if having is None or worker not in having:

@@ -23,6 +23,7 @@ import msgspec
 from realm.errors import RealmError
 from realm.limits import TenantLimits, effective, over_limit
 from realm.registry.blobs import BlobStore
+from realm.registry.bounds import encode_log, fit_error
 from realm.registry.records import (
     KeyRecord,
     LogLine,
@@ -39,6 +40,10 @@ log = logging.getLogger("realm.registry")
 
 ADMIN_TENANT = "admin"
 KEY_PREFIX = "realm_"
+_NAMES = 50
+"""Most names of modules in an error."""
+_RUN_BYTES = 512
+"""What a run counts for in a list besides its usage and error: more than the rest of it takes as JSON."""
 
 
 def hash_key(key: str) -> bytes:
@@ -289,7 +294,7 @@ class Database:
         self.check_stored(tenant, sha256, size, limits)
         self._blobs.adopt(file, sha256)
         (last,) = self._row("SELECT max(version) FROM versions WHERE tenant = ? AND name = ?", tenant, name)
-        record = ModuleRecord(name, sha256, size, (last or 0) + 1, self._clock(), imports)
+        record = ModuleRecord(name, sha256, size, (last or 0) + 1, self._clock())
         self.connection.execute(
             "INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?, ?)",
             (tenant, name, record.version, sha256, size, record.created, msgspec.json.encode(imports).decode()),
@@ -302,25 +307,29 @@ class Database:
 
     def list_modules(self, tenant: str) -> list[ModuleRecord]:
         rows = self.connection.execute(
-            "SELECT name, sha256, size, version, created, imports "
+            "SELECT name, sha256, size, version, created "
             "FROM modules JOIN versions USING (tenant, name, version) WHERE tenant = ? ORDER BY name",
             (tenant,),
         )
-        return [
-            ModuleRecord(name, sha256, size, version, created, msgspec.json.decode(imports, type=list[str]))
-            for name, sha256, size, version, created, imports in rows
-        ]
+        return [ModuleRecord(*row) for row in rows]
 
     def find_module(self, tenant: str, name: str) -> ModuleRecord:
-        """Raises RealmError ``module_not_found`` with the tenant's own names."""
-        modules = self.list_modules(tenant)
-        for module in modules:
-            if module.name == name:
-                return module
+        """Raises RealmError ``module_not_found`` with the tenant's own names (the first ones of many)."""
+        row = self._row(
+            "SELECT name, sha256, size, version, created "
+            "FROM modules JOIN versions USING (tenant, name, version) WHERE tenant = ? AND name = ?",
+            tenant,
+            name,
+        )
+        if row is not None:
+            return ModuleRecord(*row)
+        names = self.connection.execute(
+            "SELECT name FROM modules WHERE tenant = ? ORDER BY name LIMIT ?", (tenant, _NAMES)
+        )
         raise RealmError(
             "module_not_found",
             f"there is no module {name!r}: push it first",
-            details={"available": [module.name for module in modules]},
+            details={"available": [name for (name,) in names]},
         )
 
     def remove_module(self, tenant: str, name: str) -> None:
@@ -347,6 +356,7 @@ class Database:
         )
 
     def finish_run(self, run: RunRecord, log: Sequence[LogLine]) -> None:
+        """How a run ended, and the log's end; both bounded (:mod:`realm.registry.bounds`)."""
         self.connection.execute(
             "UPDATE runs SET status = ?, started = ?, finished = ?, code = ?, usage = ?, error = ?, log = ? "
             "WHERE number = ?",
@@ -356,8 +366,8 @@ class Database:
                 run.finished,
                 run.code,
                 msgspec.json.encode(run.usage).decode(),
-                msgspec.json.encode(run.error).decode(),
-                msgspec.json.encode(log).decode() if log else None,
+                msgspec.json.encode(None if run.error is None else fit_error(run.error)).decode(),
+                encode_log(log),
                 run.number,
             ),
         )
@@ -377,28 +387,30 @@ class Database:
             for tenant in tenants
         )
 
-    def list_runs(self, tenant: str | None, limit: int) -> list[RunRecord]:
-        """The latest finished runs, newest first, of one tenant or (None) of all."""
+    def list_runs(self, tenant: str | None, limit: int, *, size: int = 1 << 20) -> list[RunRecord]:
+        """The latest finished runs, newest first, of one tenant or (None) of all.
+
+        No more than take about ``size`` bytes as JSON.
+        """
+        return self.page_runs(tenant, limit, size)[0]
+
+    def page_runs(self, tenant: str | None, limit: int, size: int) -> tuple[list[RunRecord], bool]:
+        """What :meth:`list_runs` gives, and whether ``size`` has left some out."""
         rows = self.connection.execute(
             "SELECT number, tenant, module, sha256, status, started, finished, code, usage, error FROM runs "
             "WHERE status <> 'running' AND (? IS NULL OR tenant = ?) ORDER BY number DESC LIMIT ?",
             (tenant, tenant, limit),
         )
-        return [
-            RunRecord(
-                number,
-                owner,
-                module,
-                sha256,
-                status,
-                started,
-                finished,
-                code,
-                msgspec.json.decode(usage) if usage else None,
-                msgspec.json.decode(error) if error else None,
-            )
-            for number, owner, module, sha256, status, started, finished, code, usage, error in rows
-        ]
+        found: list[RunRecord] = []
+        for *plain, usage, error in rows:
+            size -= _RUN_BYTES + len((usage or "").encode()) + len((error or "").encode())
+            if size < 0:
+                # What is left out is not read either.
+                rows.close()
+                return found, True
+            decoded = (msgspec.json.decode(text) if text else None for text in (usage, error))
+            found.append(RunRecord(*plain, *decoded))
+        return found, False
 
     def run_log(self, tenant: str | None, number: int) -> tuple[list[LogLine], dict[str, Any] | None]:
         """What a run logged, and the error that it ended with.

@@ -56,7 +56,6 @@ class ModuleRecord(msgspec.Struct, frozen=True, gc=False):
     size: int
     version: int
     created: float
-    imports: list[str]
 
 
 class RunRecord(msgspec.Struct, gc=False):

@@ -1,8 +1,9 @@
 """The one thread that owns the database, and the asyncio side of it.
 
-Operations are queued, never awaited in the loop's own thread. All that wait when the thread is free
-share one transaction, hence one disk flush; each has its own savepoint, so that one that fails
-leaves the others alone. An operation is answered only once its transaction is on disk.
+Operations are queued (:mod:`realm.registry.turns`), never awaited in the loop's own thread. Those that
+wait share one transaction, hence one disk flush; each has its own savepoint, so that one that fails
+leaves the others alone. An operation is answered only once its transaction is on disk, so a transaction
+ends after a short time too, however many more wait.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import queue
 import sqlite3
 import threading
 import time
@@ -22,12 +22,15 @@ from typing import Any, TypeVar
 from realm.errors import RealmError
 from realm.registry.blobs import BlobStore
 from realm.registry.database import Database
+from realm.registry.turns import Turns
 
 log = logging.getLogger("realm.registry")
 
 T = TypeVar("T")
 _GROUP = 256
 """Most operations of one transaction."""
+_GROUP_SECONDS = 0.02
+"""After so long a transaction takes no further operation."""
 
 
 @dataclass(slots=True)
@@ -46,7 +49,7 @@ class Registry:
         self.blobs = BlobStore(home)
         self._database = Database(home / "registry.sqlite", self.blobs, clock=clock)
         self._loop = loop
-        self._queue: queue.SimpleQueue[_Operation | None] = queue.SimpleQueue()
+        self._turns: Turns[_Operation] = Turns()
         self._thread = threading.Thread(target=self._main, name="realm-registry", daemon=True)
         self._thread.start()
 
@@ -55,45 +58,48 @@ class Registry:
         """Open or create the registry below ``home`` (a folder of mode 0700)."""
         return cls(home, asyncio.get_running_loop(), clock)
 
-    def run(self, work: Callable[[Database], T]) -> asyncio.Future[T]:
-        """Queue an operation; the future is done when its effect is on disk."""
+    def run(
+        self, work: Callable[[Database], T], *, tenant: str | None = None, urgent: bool = False
+    ) -> asyncio.Future[T]:
+        """Queue an operation; the future is done when its effect is on disk.
+
+        Args:
+            tenant: on whose behalf. Its operations keep their order, and it has its turn among the others.
+                None is for the host itself: after all that was queued before, so nothing that a tenant
+                causes often may use it.
+            urgent: before all others; for what must not wait and is short.
+        """
         future: asyncio.Future[T] = self._loop.create_future()
-        self._queue.put(_Operation(work, future))
+        self._turns.put(_Operation(work, future), tenant, urgent=urgent)
         return future
 
-    def post(self, work: Callable[[Database], object]) -> None:
-        """Queue an operation nobody waits for; a failure is logged."""
-        self._queue.put(_Operation(work, None))
+    def post(self, work: Callable[[Database], object], *, tenant: str | None = None) -> None:
+        """Queue an operation nobody waits for; a failure is logged. ``tenant`` as for :meth:`run`."""
+        self._turns.put(_Operation(work, None), tenant)
 
     async def close(self) -> None:
         """Finish everything queued, then close the file."""
-        self._queue.put(None)
+        self._turns.close()
         while self._thread.is_alive():
             await asyncio.to_thread(self._thread.join)
 
     # --- the thread -----------------------------------------------------------------------------
 
     def _main(self) -> None:
-        more = True
-        while more:
-            group: list[_Operation] = []
-            operation = self._queue.get()
-            while operation is not None:
-                group.append(operation)
-                if len(group) >= _GROUP or self._queue.empty():
-                    break
-                operation = self._queue.get()
-            more = operation is not None
-            if group:
-                self._transact(group)
+        while (operation := self._turns.take(wait=True)) is not None:
+            self._transact(operation)
         self._database.close()
 
-    def _transact(self, group: list[_Operation]) -> None:
+    def _transact(self, first: _Operation) -> None:
+        """Do this operation and others that wait, and answer them."""
+        group = [first]
+        end = time.monotonic() + _GROUP_SECONDS
         database = self._database
         connection = database.connection
         database.after_commit.clear()
         try:
             connection.execute("BEGIN")
+            # It grows meanwhile: each next one is chosen when the one before is done.
             for operation in group:
                 connection.execute("SAVEPOINT operation")
                 mark = len(database.after_commit)
@@ -104,6 +110,10 @@ class Registry:
                     del database.after_commit[mark:]
                     connection.execute("ROLLBACK TO operation")
                 connection.execute("RELEASE operation")
+                if len(group) < _GROUP and time.monotonic() < end:
+                    following = self._turns.take(wait=False)
+                    if following is not None:
+                        group.append(following)
             connection.execute("COMMIT")
         except sqlite3.Error as error:
             # The disk is full or damaged: nothing of the group may be reported as done.
@@ -115,8 +125,9 @@ class Registry:
         else:
             self._after_commit()
         for operation in group:
-            if operation.future is None and operation.error is not None:
-                log.error("a registry operation failed", exc_info=operation.error)
+            failure = operation.error
+            if failure is not None and (operation.future is None or not isinstance(failure, RealmError)):
+                log.error("a registry operation failed", exc_info=failure)
         waited = [operation for operation in group if operation.future is not None]
         if waited:
             # A loop that is closed has nobody left to tell.

@@ -133,10 +133,11 @@ class RunInfo(msgspec.Struct, frozen=True):
 
 
 class Processes(msgspec.Struct, frozen=True):
-    """What runs, and the engine's counters."""
+    """What runs, and the engine's counters; ``more`` says that older runs were left out for want of room."""
 
     runs: list[RunInfo] = []
     engine: dict[str, Any] = {}
+    more: bool = False
 
 
 class LogLine(msgspec.Struct, frozen=True):
