@@ -19,7 +19,6 @@ from realm.guests.facts import ModelFacts
 from realm.guests.runtime import GuestRuntime
 from realm.limits import LIMITS
 from realm.messages import (
-    CancelRun,
     Credit,
     EngineReply,
     Log,
@@ -89,9 +88,9 @@ def run_local(
     try:
         yield from _drive(runtime, core)
     finally:
-        runtime.cancel(CancelRun(_RUN, "the caller has gone"))
-        core.submit(_WORKER, runtime.turn(time.monotonic()).ops)
+        # At once, without a last slice: the caller has gone.
         runtime.close()
+        core.submit(_WORKER, runtime.turn(time.monotonic()).ops)
 
 
 def _drive(runtime: GuestRuntime, core: EngineCore) -> Iterator[Output | Log | RunFinished]:

@@ -186,9 +186,24 @@ def test_the_cache_keeps_to_its_size(tmp_path: Path) -> None:
         output = cache.temporary()
         output.write_bytes(bytes(1000))
         cache.install(entry, output, artifact_cache.Facts(entry.key, hashlib.sha256(bytes(1000)).hexdigest(), []))
-        os.utime(entry.facts, (1000 + at, 1000 + at))
+        for path in (entry.artifact, entry.facts):
+            os.utime(path, (1000 + at, 1000 + at))
     # Used again, so not the oldest any more.
     assert cache.find(entries[0]) is not None
     cache.sweep(keep=entries[1])
     assert [entry.artifact.exists() for entry in entries] == [True, True, False, False, True]
     assert [entry.facts.exists() for entry in entries] == [True, True, False, False, True]
+
+
+def test_an_artifact_marked_as_used_is_kept(tmp_path: Path) -> None:
+    cache = artifact_cache.ArtifactCache(tmp_path / "cache", max_bytes=1000)
+    entries = [cache.entry(str(number)) for number in range(2)]
+    for at, entry in enumerate(entries):
+        output = cache.temporary()
+        output.write_bytes(bytes(1000))
+        cache.install(entry, output, artifact_cache.Facts(entry.key, "0" * 64, []))
+        for path in (entry.artifact, entry.facts):
+            os.utime(path, (1000 + at, 1000 + at))
+    os.utime(entries[0].artifact, (2000, 2000))
+    cache.sweep()
+    assert [entry.artifact.exists() for entry in entries] == [True, False]

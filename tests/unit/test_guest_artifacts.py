@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from realm.guests import modules
+from realm.guests import modules, starting
+from realm.guests.fibers import Code
+from realm.guests.hostcalls import HostLinkers
 from realm.messages import CancelRun, RunFinished, RunLimits, StartRun
 from tests.fakes import Host, compiled, digest
 from tests.wat import guest
@@ -114,6 +117,39 @@ def test_large_modules_are_loaded_by_the_helper_once(copy: Path, monkeypatch: py
     host.check_empty()
     # It is there now: no job any more.
     host.runtime.start(StartRun(5, "a", "m", str(copy), b"", 1, RunLimits(), artifact_sha256=sha256))
+    assert not host.runtime.slices.jobs
+    host.runtime.close()
+
+
+def test_a_module_is_loaded_in_the_queue_of_every_tenant_that_waits(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who comes second waits for the module, not for the first one's other work."""
+    monkeypatch.setattr(modules, "INLINE_BYTES", 0)
+    loads: list[Path] = []
+    load_code = starting.load_code
+
+    def noting(linkers: HostLinkers, key: modules.Key) -> tuple[Code, int]:
+        loads.append(Path(key[0]))
+        return load_code(linkers, key)
+
+    monkeypatch.setattr(starting, "load_code", noting)
+    order: list[str] = []
+    host = Host()
+    for number in range(5):
+        host.runtime.helper.submit("a", partial(order.append, f"a{number}"))
+    sha256 = digest(compiled(FIVE))
+    for number, tenant in ((1, "a"), (2, "b"), (3, "b")):
+        host.runtime.start(StartRun(number, tenant, "m", str(copy), b"", 1, RunLimits(), artifact_sha256=sha256))
+    host.runs = 3
+    host.runtime.helper.submit("b", lambda: order.append(f"b after {len(loads)} loads"))
+    assert len(host.runtime.slices.jobs) == 2
+    host.runtime.check()
+    host.settle()
+    assert order[:4] == ["a0", "a1", "b after 1 loads", "a2"]
+    assert loads == [copy]
+    assert [e.outcome for e in host.events if isinstance(e, RunFinished)] == ["complete"] * 3
+    host.check_empty()
     assert not host.runtime.slices.jobs
     host.runtime.close()
 

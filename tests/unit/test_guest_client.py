@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from realm.guests import run as run_module
+from realm.guests import slices
 from realm.guests.abi import ErrorCode
+from realm.guests.fiber_types import FUEL_SLICE
+from realm.guests.run import GuestRun
+from realm.guests.runtime import CLOSING_SECONDS
 from realm.messages import CancelRun, ClientMessage, Credit, EndRun, EngineReply, ForwardDone, Output
 from tests.fakes import Host
 from tests.wat import GENERATE, RECEIVE, SPIN, guest, sampling
@@ -132,6 +137,81 @@ def test_a_cancelled_guest_may_say_goodbye_but_not_stay() -> None:
     assert end is not None
     assert end.outcome == "cancelled"
     assert host.logs(run) == [("info", "bye")]
+    host.check_empty()
+
+
+def test_the_end_of_a_client_with_many_guests_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    advanced: list[int] = []
+    advance = slices.Slices.advance
+
+    def noting(this: slices.Slices, run: GuestRun) -> bool:
+        advanced.append(run.start.run)
+        return advance(this, run)
+
+    host = Host()
+    monkeypatch.setattr(slices.Slices, "advance", noting)
+    other = host.start(SPIN, tenant="b")
+    body = "(drop (call $recv (i32.const 0) (i32.const 16) (i32.const -1))) (loop $l (br $l)) (i32.const 0)"
+    runs = [host.start(guest(body, "recv")) for _ in range(40)]
+    while any(host.runtime._runs[run].on_wake is None for run in runs):
+        host.turn()
+    (tenant,) = (tenant for tenant in host.runtime.schedule.tenants if tenant.name == "a")
+    used = tenant.bucket.used(host.now)
+    advanced.clear()
+    for run in runs:
+        host.runtime.cancel(CancelRun(run, "client gone"))
+        host.runtime.cancel(CancelRun(run, "again"))
+        host.runtime.credit(Credit(run, 1))
+        host.runtime.message(ClientMessage(run, b"late"))
+    assert advanced == []
+    while any(host.finished(run) is None for run in runs):
+        host.turn()
+        host.runtime.check()
+    # One slice each, in turn with the other tenant, and paid for.
+    assert sorted(run for run in advanced if run != other) == runs
+    assert advanced.count(other) >= len(runs) // 2
+    assert tenant.bucket.used(host.now) - used >= len(runs) * FUEL_SLICE * 0.9
+    assert {host.finished(run).outcome for run in runs} == {"cancelled"}  # type: ignore[union-attr]
+    host.runtime.close()
+    host.turn()
+    host.check_empty()
+
+
+def test_a_cancelled_guest_whose_tenant_is_held_back_is_cut() -> None:
+    host = Host()
+    run = host.start(RECEIVE)
+    host.settle()
+    (tenant,) = host.runtime.schedule.tenants
+    tenant.bucket.spend(1e12, host.now)
+    host.runtime.cancel(CancelRun(run, "client gone"))
+    turn = host.turn()
+    assert host.finished(run) is None and not turn.busy
+    assert turn.deadline == host.now + CLOSING_SECONDS
+    host.now = turn.deadline
+    host.turn()
+    end = host.finished(run)
+    assert end is not None and end.outcome == "cancelled"
+    host.check_empty()
+
+
+def test_the_inboxes_of_a_tenant_are_bounded_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "MAX_TENANT_INBOXES", 1 << 20)
+    host = Host()
+    first, second = host.start(SPIN), host.start(SPIN)
+    other = host.start(SPIN, tenant="b")
+    room = (1 << 20) - run_module.MESSAGE_BYTES
+    for run, data in ((first, bytes(room)), (second, b""), (other, bytes(room))):
+        host.runtime.message(ClientMessage(run, data))
+    host.runtime.check()
+    host.turn()
+    dropped = {run: sum("dropped" in text for _, text in host.logs(run)) for run in (first, second, other)}
+    assert dropped == {first: 0, second: 1, other: 0}
+    # With its run the messages go.
+    host.runtime.cancel(CancelRun(first, "enough"))
+    host.runtime.message(ClientMessage(second, b""))
+    assert len(host.runtime._runs[second].inbox) == 1
+    host.runtime.close()
+    host.turn()
     host.check_empty()
 
 

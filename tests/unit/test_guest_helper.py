@@ -11,6 +11,7 @@ import pytest
 
 from realm.guests.abi import ErrorCode
 from realm.guests.deferral import OFFLOAD_FUEL
+from realm.guests.guard import MemoryGuard
 from realm.guests.helper import HelperThread, InlineHelper, Queue, Ticket
 from realm.messages import CancelRun
 from tests.fakes import FakeTokenizer, Host
@@ -184,3 +185,87 @@ def test_jobs_of_every_run_are_gone_with_it() -> None:
     host.turn()
     host.check_empty()
     assert not host.runtime.slices.jobs
+
+
+# --- held back while the ceiling is lowered ---------------------------------------------------------
+
+
+def test_a_held_helper_begins_nothing(thread: HelperThread) -> None:
+    assert thread.hold()
+    ticket = thread.submit("a", lambda: 7)
+    assert not select.select([thread.fileno()], [], [], 0.05)[0] and thread.collect() == []
+    thread.let_go()
+    assert collected(thread, 1) == [ticket]
+
+
+def test_a_helper_with_work_is_held_only_after_one_piece_of_it(thread: HelperThread) -> None:
+    gate = threading.Event()
+    tickets = [thread.submit("a", gate.wait), *(thread.submit("a", lambda: 7) for _ in range(3))]
+    assert not thread.hold()
+    threading.Timer(0.05, gate.set).start()
+    for ticket in tickets:
+        # However often it is held, its work goes on; and it never works while it is held.
+        assert thread.hold(wait=True)
+        assert collected(thread, 1) == [ticket]
+        assert thread.collect() == []
+        thread.let_go()
+    assert thread.hold()
+
+
+class Room:
+    """A ceiling that only notes what is done to it."""
+
+    most = 100 << 20
+
+    def __init__(self) -> None:
+        self.left = float(100 << 20)
+        self.low = False
+
+    def lower(self) -> None:
+        self.low = True
+
+    def lift(self) -> None:
+        self.low = False
+
+    def room(self) -> float:
+        return self.left
+
+    def crowded(self) -> bool:
+        return False
+
+
+def test_the_ceiling_is_never_lowered_while_the_helper_works(thread: HelperThread) -> None:
+    ceiling, host = Room(), Host()
+    guard = host.runtime.guard = MemoryGuard(ceiling, thread)
+    small, large = host.start(SPIN, memory_bytes=30 << 20), host.start(SPIN, memory_bytes=40 << 20)
+    runs = host.runtime._runs
+    guard.enter()
+    assert ceiling.low
+    # Work of the host has what guests do not get.
+    assert guard.around(lambda: ceiling.low) is False
+    assert ceiling.low
+    guard.leave()
+    assert not ceiling.low
+
+    gate, seen = threading.Event(), []
+
+    def work() -> None:
+        gate.wait()
+        seen.append(ceiling.low)
+
+    thread.submit("a", work)
+    guard.enter()
+    guard.admit(runs[small])
+    guard.admit(runs[large])
+    assert not ceiling.low and not seen
+    # 30 + 40 of 100 MiB could be taken by now: for 40 more it is measured, and nothing was taken.
+    guard.admit(runs[large])
+    guard.admit(runs[large])
+    assert not ceiling.low and not seen
+    ceiling.left = 20 << 20
+    threading.Timer(0.05, gate.set).start()
+    guard.admit(runs[large])
+    assert ceiling.low and seen == [False]
+    guard.leave()
+    assert not ceiling.low
+    host.runtime.close()

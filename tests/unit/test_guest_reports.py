@@ -148,6 +148,29 @@ def test_returning_an_error_code() -> None:
     assert end.error.details["name"] == "unknown"
 
 
+def test_what_a_guest_says_of_its_failure_is_kept_short() -> None:
+    log = "(drop (call $log (i32.const 3) (i32.const 0) (i32.const 65000)))"
+    host = Host()
+    end = host.run(guest(f"{log} (i32.const -1)", "log"))
+    assert end.error is not None
+    assert end.error.details["last_error"] == "\0" * 497 + "..."
+    assert len(end.error.message) < 600
+    # The log itself is not cut.
+    assert [len(text) for _, text in host.logs(1)] == [65_000]
+    end = Host().run(guest(f"{log} unreachable", "log"))
+    assert end.error is not None
+    assert len(end.error.details["last_error"]) == 500
+
+
+def test_a_backtrace_is_kept_short() -> None:
+    name = "n" * 5_000
+    end = Host().run(guest(f"(call ${name})", extra=f"(func ${name} (result i32) (call ${name}))"))
+    assert end.error is not None
+    frames = end.error.details["backtrace"]
+    assert 1 < len(frames) <= 20 and all(len(frame) <= 100 for frame in frames)
+    assert frames[0] == "n" * 97 + "..."
+
+
 # --- traps ------------------------------------------------------------------------------------------
 
 

@@ -13,8 +13,9 @@ from realm.guests import runtime as runtime_module
 from realm.guests import starting
 from realm.guests.fiber_types import EngineFailure, FiberState
 from realm.guests.fibers import Fiber
-from realm.messages import RunFinished
-from tests.fakes import FakeTokenizer, Host
+from realm.guests.run import MESSAGE_BYTES
+from realm.messages import ClientMessage, RunFinished
+from tests.fakes import VOCAB, FakeTokenizer, Host
 from tests.wat import GENERATE, SPIN, expected, guest, sampling
 
 
@@ -151,9 +152,50 @@ def test_a_crowded_worker_ends_the_largest_guest_of_the_largest_tenant() -> None
     host.check_empty()
 
 
+def test_what_the_host_keeps_for_a_guest_counts_as_its_memory() -> None:
+    """Whoever makes the host hoard goes, not whoever has the largest guest."""
+    host = Host()
+    forward = """(local.set $a (call $seq_new)) (i32.store (i32.const 512) (i32.const 3))
+      (drop (call $forward (local.get $a) (i32.const 512) (i32.const 1) (i32.const 0) (i32.const 0)))
+      (drop (call $seq_fork (local.get $a)))
+      (drop (call $emit (i32.const 0) (i32.const 60000))) (i32.const 0)"""
+    hoarder = host.start(
+        guest(forward, "seq_new", "forward", "seq_fork", "emit"), tenant="h", credit=1, input=bytes(70_000)
+    )
+    victim = host.start(
+        guest("(drop (call $recv (i32.const 0) (i32.const 16) (i32.const -1))) (i32.const 0)", "recv", memory="4"),
+        tenant="v",
+    )
+    host.settle()
+    run = host.runtime._runs[hoarder]
+    assert run.fiber is not None
+    own = run.fiber.memory_bytes
+    # The forks share their logits, and all of the output is kept until its last byte is sent.
+    kept = 70_000 + 60_000 + 4 * VOCAB
+    assert run.memory_held == own + kept
+    for _ in range(2):
+        host.runtime.message(ClientMessage(hoarder, bytes(100_000)))
+    assert (
+        run.memory_held
+        == own + kept + 2 * (100_000 + MESSAGE_BYTES)
+        > 4 << 16
+        == host.runtime._runs[victim].memory_held
+    )
+    run.unread = 5
+    assert run.memory_held == own + kept + 2 * (100_000 + MESSAGE_BYTES) + 5
+    host.runtime.relieve(1 << 20)
+    host.turn()
+    assert host.finished(victim) is None
+    end = ended(host, hoarder)
+    assert end.error is not None and end.error.code == "memory_limit"
+    host.runtime.close()
+    host.turn()
+    host.check_empty()
+
+
 NO_ROOM = """
 import resource
-from tests.fakes import FakeTokenizer, Host
+from tests.fakes import VOCAB, FakeTokenizer, Host
 from tests.wat import GENERATE, SPIN, expected, sampling
 
 host = Host()

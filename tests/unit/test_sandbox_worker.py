@@ -311,6 +311,32 @@ def test_memory_beyond_the_ceiling_is_the_guests_trouble(make: Callable[..., Wor
     assert worker.finished(after).error is None and worker.output(after) == greedy_text()
 
 
+@pytest.mark.parametrize("size", [1000, 100_000])
+def test_no_memory_for_guests_is_memory_for_the_tokenizer(make: Callable[..., Worker], size: int) -> None:
+    """Native code that gets no memory aborts its process: a text is tokenized here, or in the helper if it is long."""
+    cram = guest(
+        f"""
+        (memory.fill (i32.const 65536) (i32.const 97) (i32.const {size}))
+        (loop $g (br_if $g (i32.ge_s (memory.grow (i32.const 16)) (i32.const 0))))
+        (loop $h (br_if $h (i32.ge_s (memory.grow (i32.const 1)) (i32.const 0))))
+        (loop $l
+          (drop (call $tokenize (i32.const 65536) (i32.const {size}) (i32.const 0) (i32.const 400000)
+            (i32.const 100000)))
+          (br_if $l (i32.lt_u (local.tee $a (i32.add (local.get $a) (i32.const 1))) (i32.const 12))))
+        (i32.const 0)""",
+        "tokenize",
+        memory="16",
+    )
+    worker = make("--memory-limit", str(CEILING))
+    worker.connect()
+    ends = [worker.finished(run) for run in [worker.start(cram, memory_bytes=256 << 20) for _ in range(8)]]
+    errors = {end.error.code for end in ends if end.error is not None}
+    assert errors and errors <= {"busy", "memory_limit"}
+    assert worker.process.poll() is None
+    after = worker.start(GENERATE)
+    assert worker.finished(after).error is None and worker.output(after) == greedy_text()
+
+
 def test_guests_that_take_the_last_byte(make: Callable[..., Worker]) -> None:
     worker = make("--memory-limit", str(CEILING))
     worker.connect()

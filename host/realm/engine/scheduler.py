@@ -158,10 +158,6 @@ class Scheduler:
         tenant.tokens += tokens
         self.bytes += sequences * SEQUENCE_BYTES + tokens * TOKEN_BYTES
 
-    def fits(self, length: int) -> bool:
-        """Whether a sequence of ``length`` tokens fits into an otherwise empty cache."""
-        return -(-length // PAGE_SIZE) <= self.pool.total
-
     def submit(self, sequence: Sequence, call: Call) -> None:
         """Queue a call whose tokens are already appended to the sequence."""
         tenant = sequence.tenant

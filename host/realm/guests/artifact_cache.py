@@ -32,7 +32,11 @@ _TEMPORARY = ".new-"
 ABANDONED_SECONDS = 300.0
 """Age at which a temporary file belongs to no compilation any more: ten times what one may take."""
 CACHE_BYTES = 8 << 30
-"""Most bytes of artifacts that are kept. Those that were not used for the longest time go first."""
+"""Most bytes of artifacts that are kept, all tenants' together. Those unused for the longest time go first.
+
+A tenant that compiles this much takes the place of what others have not used meanwhile. It costs them one
+compilation, when they use that next; what is used all the time stays (``gateway.artifacts`` marks it).
+"""
 
 
 class Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -159,11 +163,12 @@ class ArtifactCache:
             total -= size
 
 
-def _used(artifact: Path, otherwise: float) -> float:
+def _used(artifact: Path, marked: float) -> float:
+    """When an entry was last used: a look-up touches the facts, and whoever uses what it found the artifact."""
     try:
-        return artifact.with_suffix(".json").lstat().st_mtime
+        return max(marked, artifact.with_suffix(".json").lstat().st_mtime)
     except OSError:
-        return otherwise
+        return marked
 
 
 @contextmanager

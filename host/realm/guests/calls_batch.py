@@ -53,15 +53,14 @@ class _Batch:
         fuel = 0
         for number, item in enumerate(items.rows):
             at = items.pointer + number * _ITEM.size + _ANSWER_AT
-            carried = self._bytes
+            carried, owed = self._bytes, run.debt
             try:
                 good.append((*self._prepare(item), at))
             except Refused as refused:
                 run.warn(f"batch_forward: items[{number}]: {refused.text}")
                 run.memory.pack(_ANSWER, at, int(refused.code), math.nan, 0, 0)
-            cost = ITEM_FUEL + self._bytes - carried
-            run.charge(cost)
-            fuel += cost
+            run.charge(ITEM_FUEL + self._bytes - carried)
+            fuel += run.debt - owed
             if fuel >= FUEL_SLICE:
                 fuel = 0
                 yield

@@ -8,6 +8,7 @@ from typing import Any
 
 from realm.guests.abi import CONSTANTS, ErrorCode
 from realm.guests.decoding import LAYOUTS, Refused, Room
+from realm.guests.deferral import COPY_FUEL
 from realm.guests.fiber_types import OutOfBounds
 from realm.guests.run import GuestRun
 from realm.guests.sampling_arguments import Decoded, check_tokens, decode_sampling, with_draw
@@ -49,7 +50,6 @@ class ModelCalls:
         check_room(run, seq, len(tokens) >> 2)
         if decoded is None or decoded.keep_logits:
             check_kept(run, seq, 0)
-        run.debt += len(tokens)
         params, keep = commit(run, seq, tokens, decoded)
         call = run.call(partial(_forward_done, run, seq, tokens, out))
         run.op(Forward(call, seq.id, tokens, params, keep))
@@ -64,6 +64,7 @@ class ModelCalls:
             raise Refused(ErrorCode.INVALID_ARGUMENT, f"params: source {source}, flags {flags}")
         if count > MAX_DRAFT:
             raise Refused(ErrorCode.INVALID_ARGUMENT, f"params.count is {count}")
+        run.charge(COPY_FUEL * 4 * count)
         try:
             check_tokens(run, run.memory.read(tokens_at, count * 4), "params.tokens")
             if sampling_at:
@@ -85,6 +86,8 @@ class ModelCalls:
     def seq_truncate(self, run: GuestRun, seq: GuestSequence, length: int) -> int:
         if length > seq.length:
             raise Refused(ErrorCode.INVALID_ARGUMENT, f"length is {length}; the sequence has {seq.length}")
+        # At the worst all that stays is copied, from what it shares with forks.
+        run.charge(COPY_FUEL * length)
         seq.truncate(length)
         run.op(TruncateSequence(seq.id, length))
         return length

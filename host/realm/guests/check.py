@@ -83,7 +83,7 @@ def _is_wide(module: wasmtime.Module) -> bool:
 
 
 def check_imports(module: wasmtime.Module) -> list[str]:
-    """The names of the module's imports, each ``module.name``.
+    """The names of the module's imports, each ``module.name`` and once.
 
     Raises:
         RealmError: ``module_import_unknown`` with the list of what may be imported.
@@ -112,7 +112,8 @@ def check_imports(module: wasmtime.Module) -> list[str]:
             f"the module imports what Realm does not offer: {'; '.join(problems[:10])}",
             details={"unknown": unknown[:100], "allowed": sorted(f"{m}.{n}" for m, n in allowed)},
         )
-    return names
+    # One function may be imported many times.
+    return list(dict.fromkeys(names))
 
 
 _EXPORTS = {"realm_abi_version": ((), ("i32",)), "run": ((), ("i32",))}

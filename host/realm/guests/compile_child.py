@@ -8,7 +8,6 @@ standard output.
 from __future__ import annotations
 
 import hashlib
-import os
 import resource
 import sys
 from dataclasses import replace

@@ -14,6 +14,8 @@ parameter          value
 ``StructIn``       tuple of the fields, or None
 ``StructOut``      pointer, or 0
 =================  ====================================================================
+
+What is copied is charged before it is read: a call that is refused has cost the host as much.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from realm.guests import abi
 from realm.guests.abi import ErrorCode
+from realm.guests.deferral import COPY_FUEL
 from realm.guests.fiber_types import OutOfBounds, ValueType
 
 if TYPE_CHECKING:
@@ -139,11 +142,13 @@ def _input(p: abi.Input, at: int) -> Step:
     if isinstance(p.element, abi.StructType):
         layout = LAYOUTS[p.element.name]
         size = layout.size
+        fuel = COPY_FUEL * size
 
         def structs(run: GuestRun, values: tuple[int, ...]) -> list[tuple[Any, ...]]:
             pointer, count = values[at], values[at + 1]
             if not low <= count <= high:
                 raise _count_error(count_name, count, low, high)
+            run.debt += fuel * count
             try:
                 return list(layout.iter_unpack(run.memory.read(pointer, count * size)))
             except OutOfBounds:
@@ -151,11 +156,13 @@ def _input(p: abi.Input, at: int) -> Step:
 
         return structs
     size = ELEMENT_SIZE[p.element]
+    fuel = COPY_FUEL * size
 
     def plain(run: GuestRun, values: tuple[int, ...]) -> bytes | str:
         pointer, count = values[at], values[at + 1]
         if not low <= count <= high:
             raise _count_error(count_name, count, low, high)
+        run.debt += fuel * count
         try:
             data = run.memory.read(pointer, count * size)
         except OutOfBounds:
@@ -190,11 +197,13 @@ def _output(p: abi.Output, at: int) -> Step:
 def _in_out(p: abi.InOut, at: int) -> Step:
     layout = LAYOUTS[p.element.name]
     name, count_name, low, high = p.name, p.count, p.low, p.high
+    fuel = COPY_FUEL * layout.size
 
     def step(run: GuestRun, values: tuple[int, ...]) -> Rows:
         pointer, count = values[at], values[at + 1]
         if not low <= count <= high:
             raise _count_error(count_name, count, low, high)
+        run.debt += fuel * count
         try:
             return Rows(pointer, list(layout.iter_unpack(run.memory.read(pointer, count * layout.size))))
         except OutOfBounds:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
+COPY_FUEL = 4
+"""Fuel a byte that is copied or looked over: 1 ns, most of it for memory that was not touched before."""
 OFFLOAD_FUEL = 4_000_000
 """Work that is charged more than this (about 1 ms) is left to the helper thread."""
 

@@ -50,7 +50,6 @@ _I32_RESULT: Final = struct.Struct("<qi")
 _I64_RESULT: Final = struct.Struct("<qq")
 _POINTER: Final = struct.Struct("<Q")
 _VALUE_FORMAT: Final[dict[str, str]] = {"i32": "8xi20x", "u32": "8xI20x", "i64": "8xq16x", "u64": "8xQ16x"}
-_VALUE_SIZE: Final = ctypes.sizeof(ffi.wasmtime_val_t)
 
 _running: Fiber | None = None
 # KeyboardInterrupt and the like that struck inside a host function: raised again after the poll.
@@ -187,7 +186,8 @@ def _host_function(name: str, parameters: tuple[ValueType, ...], result: str | N
             if value is None:
                 fiber.waiting = True
                 fiber._result_at, fiber._result_layout, fiber._result_kind = results, layout, kind
-            elif layout is not None:
+                return
+            if layout is not None:
                 layout.pack_into(WINDOW, results, kind, value)
             fiber._calls -= 1
             if fiber._calls <= 0:
@@ -310,6 +310,10 @@ class Fiber:
         if self._result_layout is not None:
             self._result_layout.pack_into(WINDOW, self._result_at, self._result_kind, value)
         self.waiting = False
+
+    def give_way(self) -> None:
+        """For handlers: their guest's slice is over with this call, however many it may still make."""
+        self._calls = 0
 
     @property
     def fuel(self) -> int:

@@ -66,6 +66,9 @@ class Queue:
     def __len__(self) -> int:
         return sum(map(len, self._tenants.values()))
 
+    def __bool__(self) -> bool:
+        return bool(self._tenants)
+
     def put(self, ticket: Ticket) -> None:
         self._tenants.setdefault(ticket.tenant, deque()).append(ticket)
 
@@ -126,6 +129,10 @@ class HelperThread:
         self._done: deque[Ticket] = deque()
         self._changed = threading.Condition()
         self._closed = False
+        self._working = self._held = False
+        self._finished = 0
+        # How much work it may finish before the owner has its turn, or None.
+        self._until: int | None = None
         self._read, self._write = os.pipe()
         os.set_blocking(self._read, False)
         os.set_blocking(self._write, False)
@@ -146,6 +153,29 @@ class HelperThread:
         with self._changed:
             ticket.work = None
             self._queue.remove(ticket)
+
+    def hold(self, *, wait: bool = False) -> bool:
+        """Keep it from beginning work, until :meth:`let_go`; False if it has some, at work or waiting.
+
+        With ``wait`` one piece of its work is awaited and it is held in any case. So it goes on, however
+        often it is held.
+        """
+        with self._changed:
+            if self._working or self._queue:
+                if not wait:
+                    return False
+                self._until = self._finished + 1
+                while self._finished < self._until and not self._closed:
+                    self._changed.wait()
+            self._held, self._until = True, None
+        return True
+
+    def let_go(self) -> None:
+        """It may begin work again. Idempotent."""
+        with self._changed:
+            self._held = False
+            if self._queue:
+                self._changed.notify_all()
 
     def collect(self) -> list[Ticket]:
         if not self._done:
@@ -174,12 +204,23 @@ class HelperThread:
     def _serve(self) -> None:
         while True:
             with self._changed:
-                while (ticket := self._queue.take()) is None and not self._closed:
+                while (ticket := self._next()) is None and not self._closed:
                     self._changed.wait()
+                self._working = ticket is not None
             if ticket is None:
                 return
             ticket.do()
             self._done.append(ticket)
+            with self._changed:
+                self._working = False
+                self._finished += 1
+                self._changed.notify_all()
             # A full pipe is readable already.
             with suppress(BlockingIOError):
                 os.write(self._write, b"!")
+
+    def _next(self) -> Ticket | None:
+        """Work that may begin now."""
+        if self._held or (self._until is not None and self._finished >= self._until):
+            return None
+        return self._queue.take()

@@ -16,9 +16,12 @@ from realm.guests.calls_model import ModelCalls
 from realm.guests.calls_session import SessionCalls
 from realm.guests.calls_text import TextCalls
 from realm.guests.decoding import compile_steps, value_types
-from realm.guests.fiber_types import Handler
+from realm.guests.fiber_types import FUEL_SLICE, Handler
 from realm.guests.fibers import Code, Engine, LinkedModule, Linker
 from realm.guests.run import HOST_CALL_FUEL, GuestRun
+
+REFUSED_FUEL = 3_000
+"""What a refusal costs besides: its exception and its text take some 0.8 us."""
 
 
 class HostCalls(ModelCalls, BatchCalls, LogitsCalls, TextCalls, SessionCalls):
@@ -42,9 +45,12 @@ def make_handler(function: abi.Function, calls: HostCalls) -> Handler:
             return int(ErrorCode.CLOSED)
         try:
             result: int | None = method(run, *[step(run, values) for step in steps])
-            return result
         except Exception as error:
-            return run.failed(name, error)
+            run.debt += REFUSED_FUEL
+            result = run.failed(name, error)
+        if run.debt >= FUEL_SLICE and run.fiber is not None:
+            run.fiber.give_way()
+        return result
 
     return handler
 

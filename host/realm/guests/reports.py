@@ -7,7 +7,7 @@ from typing import Any
 from realm.errors import RealmError
 from realm.guests.abi import ErrorCode
 from realm.guests.fiber_types import TrapInfo
-from realm.guests.run import GuestRun
+from realm.guests.run import GuestRun, clipped
 from realm.limits import LIMITS, over_limit
 from realm.messages import ErrorInfo
 
@@ -15,6 +15,8 @@ _CODES = {"tokens_per_run": "token_limit", "output_bytes_per_run": "output_limit
 """Codes of limits that the guest was told of and that ended it; others are ``limit_exceeded``."""
 _ERROR_NUMBERS = frozenset(int(code) for code in ErrorCode)
 BUSY_SECONDS = 1.0
+MAX_FRAMES = 20
+FRAME_CHARACTERS = 100
 
 
 def facts(run: GuestRun) -> dict[str, Any]:
@@ -24,6 +26,11 @@ def facts(run: GuestRun) -> dict[str, Any]:
 
 def _info(error: RealmError, more: dict[str, Any]) -> ErrorInfo:
     return ErrorInfo(error.code, error.message, {**error.details, **more}, error.retry_after)
+
+
+def _frames(trap: TrapInfo) -> list[str]:
+    """The innermost frames; a function's name is the module's to choose."""
+    return [clipped(frame, FRAME_CHARACTERS) for frame in trap.frames[:MAX_FRAMES]]
 
 
 def wall_time(run: GuestRun, used: float) -> ErrorInfo:
@@ -43,7 +50,7 @@ def first_call(run: GuestRun, used: float) -> ErrorInfo:
 def fuel(run: GuestRun, trap: TrapInfo | None = None) -> ErrorInfo:
     limit = run.start.limits.fuel
     error = over_limit("fuel_per_run", limit, limit, "the run burnt its fuel", code="fuel_exhausted")
-    return _info(error, facts(run) | {"fuel": limit, "backtrace": list(trap.frames) if trap else []})
+    return _info(error, facts(run) | {"fuel": limit, "backtrace": _frames(trap) if trap else []})
 
 
 def refused(run: GuestRun, code: int) -> ErrorInfo | None:
@@ -87,23 +94,23 @@ def trapped(run: GuestRun, trap: TrapInfo) -> ErrorInfo:
     if trap.kind == "out_of_fuel":
         return fuel(run, trap)
     if trap.kind == "no_room":
-        return busy(f"this worker has no room for another guest ({trap.message})")
+        return busy(f"this worker has no room for another guest ({clipped(trap.message)})")
     if trap.kind == "memory_limit":
         name, limit = "memory_bytes", limits.memory_bytes
         if "table" in trap.message:
             name, limit = "table_elements", limits.table_elements
-        text = f"the module cannot be started: {trap.message}"
+        text = f"the module cannot be started: {clipped(trap.message)}"
         used = facts(run)["memory_bytes"] if name == "memory_bytes" else 0
         return _info(over_limit(name, limit, used, text, code="memory_limit"), facts(run))
     details = {
         "trap": trap.kind,
-        "message": trap.message,
-        "backtrace": list(trap.frames),
+        "message": clipped(trap.message),
+        "backtrace": _frames(trap),
         "last_error": run.last_error,
         "memory_limit": limits.memory_bytes,
         **facts(run),
     }
-    return ErrorInfo("guest_trap", f"the guest trapped: {trap.message}", details)
+    return ErrorInfo("guest_trap", f"the guest trapped: {clipped(trap.message)}", details)
 
 
 def stopped(error: RealmError) -> ErrorInfo:

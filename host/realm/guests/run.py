@@ -43,8 +43,14 @@ LOG_LINE_BYTES = 64
 """What each line takes of a run's log besides its text, so that empty lines have an end too."""
 MAX_WARNINGS = 64
 """Lines that the host writes to a run's log about its mistakes."""
+ERROR_CHARACTERS = 500
+"""Most of a text in a report: it is kept, listed and sent more than once, in up to six bytes a character."""
 MAX_INBOX = 4 << 20
 """Bytes of client messages that may wait for ``recv``."""
+MAX_TENANT_INBOXES = 64 << 20
+"""The same for all runs of a tenant together."""
+MESSAGE_BYTES = 64
+"""What a waiting message takes besides its content, so that empty ones have an end too."""
 
 _CODES = {"model_unsupported": ErrorCode.NOT_SUPPORTED, "invalid_params": ErrorCode.INVALID_ARGUMENT}
 
@@ -52,6 +58,11 @@ Completion = Callable[[EngineResult], "int | None"]
 """Takes an engine's answer; gives the host function's result, or None while more are missing."""
 
 StoreCompletion = Callable[[StoreReply], int]
+
+
+def clipped(text: str, most: int = ERROR_CHARACTERS) -> str:
+    """A text as reports have it."""
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 class DetokenizeStream:
@@ -176,8 +187,38 @@ class GuestRun:
 
     @property
     def memory_held(self) -> int:
-        """Bytes of its memory; 0 before it has one."""
-        return 0 if self.fiber is None else self.fiber.memory_bytes
+        """Bytes of the worker's memory that it takes: its own memory, and what the host keeps for it."""
+        own = 0 if self.fiber is None else self.fiber.memory_bytes
+        # Forks share their logits. What is left of the output keeps all of it.
+        logits = {id(seq.logits): len(seq.logits) for seq in self.sequences.values() if seq.logits is not None}
+        output = memoryview(self.outbox.obj).nbytes
+        return own + len(self.start.input) + self.inbox_held + output + sum(logits.values()) + self.unread
+
+    @property
+    def inbox_held(self) -> int:
+        """Bytes that its waiting messages take."""
+        return self.inbox_bytes + MESSAGE_BYTES * len(self.inbox)
+
+    def put_message(self, data: bytes) -> bool:
+        """A message for ``recv``; False if it is dropped for want of room, which the log then says."""
+        size, tenant = len(data), self.tenant
+        if self.inbox_bytes + size > MAX_INBOX:
+            self.warn(f"recv: a message of {size:,} bytes is dropped: {self.inbox_bytes:,} bytes wait already")
+            return False
+        if tenant.inbox_bytes + size + MESSAGE_BYTES > MAX_TENANT_INBOXES:
+            held = f"{tenant.inbox_bytes:,} bytes wait for this tenant's runs already"
+            self.warn(f"recv: a message of {size:,} bytes is dropped: {held}")
+            return False
+        self.inbox.append(data)
+        self.inbox_bytes += size
+        tenant.inbox_bytes += size + MESSAGE_BYTES
+        return True
+
+    def take_message(self) -> None:
+        """The first message is the guest's now."""
+        size = len(self.inbox.popleft())
+        self.inbox_bytes -= size
+        self.tenant.inbox_bytes -= size + MESSAGE_BYTES
 
     def held(self, now: float) -> float:
         """Seconds for which it was held back because of its tenant's fuel rate."""
@@ -185,6 +226,8 @@ class GuestRun:
 
     def forget(self) -> None:
         """The run is over: let go of all that it kept."""
+        self.tenant.inbox_bytes -= self.inbox_held
+        self.inbox_bytes = 0
         for kept in (self.calls, self.store_calls, self.sequences, self.streams, self.inbox):
             kept.clear()
         self.outbox = memoryview(b"")
@@ -294,6 +337,7 @@ class GuestRun:
 
     def warn(self, text: str) -> None:
         """A line of the host about a mistake of the guest; only so many a run."""
+        text = clipped(text)
         self.last_error = text
         self._warnings += 1
         if self._warnings > MAX_WARNINGS:

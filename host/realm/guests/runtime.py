@@ -23,8 +23,9 @@ from realm.guests import reports, wasi
 from realm.guests.facts import ModelFacts, TokenizerLike
 from realm.guests.fiber_types import EngineFailure, TrapInfo
 from realm.guests.fibers import Fiber
+from realm.guests.guard import MemoryGuard
 from realm.guests.helper import Helper, InlineHelper
-from realm.guests.run import MAX_INBOX, Completion, GuestRun, StoreCompletion
+from realm.guests.run import Completion, GuestRun, StoreCompletion
 from realm.guests.slices import WOKEN_SLICES, Slices
 from realm.guests.starting import Starter
 from realm.guests.tenants import READY, Schedule
@@ -49,6 +50,8 @@ log = logging.getLogger("realm.guests")
 MAX_RUNS = 10_000
 """Runs at a time. Each guest takes five memory mappings, and Linux gives a process 65,530 of them:
 beyond that no guest could grow its memory either."""
+CLOSING_SECONDS = 1.0
+"""A cancelled guest that has not had its last slice by then is ended without one."""
 
 
 @dataclass(slots=True)
@@ -75,6 +78,9 @@ class GuestRuntime:
         worker: the worker's number; sequences are numbered ``(worker << 40) | counter``.
         clock: monotonic seconds. wall_clock: seconds since 1970. cpu_clock: processor seconds of this thread.
         helper: does work that takes too long; closed by its maker.
+
+    Attributes:
+        guard: keeps guests below their ceiling of memory; whoever calls in is between its ``enter`` and ``leave``.
     """
 
     def __init__(
@@ -94,6 +100,7 @@ class GuestRuntime:
         self.wall_clock = wall_clock
         self.cpu_clock = cpu_clock
         self.helper: Helper = InlineHelper() if helper is None else helper
+        self.guard = MemoryGuard()
         self.ops: list[EngineOp] = []
         self.events: list[WorkerEvent] = []
         self.schedule = Schedule()
@@ -136,6 +143,9 @@ class GuestRuntime:
         assert tickets <= set(self.slices.jobs), "a run waits for a job that is not there"
         assert len(self.slices.jobs) == len(tickets) + self._starter.loading, "a job outlives its run"
         assert self._timers.runs <= runs, "a timer outlives its run"
+        for tenant in self.schedule.tenants:
+            inboxes = sum(run.inbox_held for run in runs if run.tenant is tenant)
+            assert tenant.inbox_bytes == inboxes, "a tenant's waiting messages are miscounted"
         assert sum(tenant.runs for tenant in self.schedule.tenants) == len(runs), "a tenant's runs are miscounted"
         starting = self._starter.waiting
         assert starting <= runs, "a module is loaded for a run that has ended"
@@ -147,15 +157,16 @@ class GuestRuntime:
         ``limit`` is to how many bytes all guests together may bring the process.
         """
         held: dict[str, int] = {}
-        largest: dict[str, GuestRun] = {}
+        largest: dict[str, tuple[int, GuestRun]] = {}
         for run in self._runs.values():
             name, size = run.tenant.name, run.memory_held
             held[name] = held.get(name, 0) + size
-            if name not in largest or size > largest[name].memory_held:
-                largest[name] = run
+            if name not in largest or size > largest[name][0]:
+                largest[name] = size, run
         if held:
             name = max(held, key=lambda tenant: held[tenant])
-            self.fail(largest[name], reports.crowded(largest[name], limit, held[name]))
+            run = largest[name][1]
+            self.fail(run, reports.crowded(run, limit, held[name]))
 
     # --- messages ---------------------------------------------------------------------------------
 
@@ -177,16 +188,27 @@ class GuestRuntime:
         self.schedule.share(message.tenant, message.fuel_per_second, self.clock())
 
     def cancel(self, message: CancelRun) -> None:
-        """End a run. A guest inside ``recv`` or ``emit`` gets CLOSED and one slice to say good-bye."""
+        """End a run. A guest inside ``recv`` or ``emit`` gets CLOSED and one slice to say good-bye.
+
+        That slice comes in its tenant's turn like any other, so that the end of a client with hundreds
+        of guests holds nobody up.
+        """
         run = self._runs.get(message.run)
-        if run is None:
+        if run is None or run.closing is not None:
             return
         run.closing = message.reason
         if run.on_wake is not None:
             self._wake(run, late=False)
-            if run.fiber is not None and not run.fiber.waiting:
-                self.slices.advance(run)
-        if message.run in self._runs:
+            # It waits no more: credit that comes now must not answer it again.
+            run.on_wake = None
+            if run.place >= 0:
+                self._set_timer(run, min(self.clock() + CLOSING_SECONDS, run.deadline))
+                return
+        self._finish(run, "cancelled", 0, None)
+
+    def had_last_slice(self, run: GuestRun) -> None:
+        """A cancelled guest has had its slice: if it has not returned, it is ended."""
+        if self._runs.get(run.start.run) is run:
             self._finish(run, "cancelled", 0, None)
 
     def close_input(self, number: int) -> None:
@@ -201,13 +223,8 @@ class GuestRuntime:
         run = self._runs.get(message.run)
         if run is None:
             return
-        size = len(message.data)
-        if run.inbox_bytes + size > MAX_INBOX:
-            run.warn(f"recv: a message of {size:,} bytes is dropped: {run.inbox_bytes:,} bytes wait already")
-            return
-        run.inbox.append(message.data)
-        run.inbox_bytes += size
-        self._wake(run, late=False)
+        if run.put_message(message.data):
+            self._wake(run, late=False)
 
     def credit(self, message: Credit) -> None:
         """The client has taken output: the guest may emit more."""
@@ -316,7 +333,9 @@ class GuestRuntime:
 
     def _expire(self, now: float) -> None:
         while (run := self._timers.take_due(now)) is not None:
-            if now >= run.deadline:
+            if run.closing is not None:
+                self._finish(run, "cancelled", 0, None)
+            elif now >= run.deadline:
                 self.fail(run, reports.wall_time(run, now - run.started))
             elif not run.usage.host_calls:
                 until = self._first_deadline(run)

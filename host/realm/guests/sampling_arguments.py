@@ -9,6 +9,7 @@ import numpy as np
 
 from realm.guests.abi import CONSTANTS, ErrorCode
 from realm.guests.decoding import Refused
+from realm.guests.deferral import COPY_FUEL
 from realm.guests.fiber_types import OutOfBounds
 from realm.guests.run import GuestRun
 from realm.guests.sequences import GuestSequence
@@ -19,6 +20,8 @@ KEEP_LOGITS = CONSTANTS["SAMPLE_KEEP_LOGITS"][0]
 SEED = CONSTANTS["SAMPLE_SEED"][0]
 MAX_BIAS = 4096
 _SMALL = 64
+_BIAS_FUEL = 64
+"""Fuel an entry of a bias: 8 bytes that are looked over and copied more than once."""
 
 
 def check_tokens(run: GuestRun, tokens: bytes, name: str) -> None:
@@ -113,6 +116,7 @@ def _read_mask(run: GuestRun, pointer: int, words: int) -> bytes:
     facts = run.runtime.facts
     if words != facts.mask_words:
         raise Refused(ErrorCode.INVALID_ARGUMENT, f"sampling.mask_words is {words}; it must be {facts.mask_words}")
+    run.charge(COPY_FUEL * 4 * words)
     try:
         mask = run.memory.read(pointer, words * 4)
     except OutOfBounds:
@@ -125,6 +129,7 @@ def _read_mask(run: GuestRun, pointer: int, words: int) -> bytes:
 def _read_bias(run: GuestRun, pointer: int, count: int) -> tuple[bytes, bytes]:
     if count > MAX_BIAS:
         raise Refused(ErrorCode.INVALID_ARGUMENT, f"sampling.bias_count is {count}; it must be 0..{MAX_BIAS}")
+    run.charge(_BIAS_FUEL * count)
     try:
         pairs = np.frombuffer(run.memory.read(pointer, count * 8), dtype=[("token", "<u4"), ("value", "<f4")])
     except OutOfBounds:

@@ -38,8 +38,6 @@ TURN_SLICES = 16
 """How much one turn gives to the others before the links are looked at again."""
 OTHERS_SECONDS = 0.004
 """After this time without a slice the others get one also in a turn with answered guests."""
-JOBS_A_SLICE = 16
-"""Small jobs that are done for a guest before another's turn comes."""
 DEAR_SECONDS = 0.001
 """A slice of ordinary code takes 0.26 ms. What takes longer than this (touching fresh pages costs 1.4 us
 for 12 units of fuel, so that 64 MiB are one slice of 22 ms) is charged by processor time, ..."""
@@ -155,7 +153,9 @@ class Slices:
         dear = self._runtime.cpu_clock() - began - DEAR_SECONDS
         if dear > 0:
             run.tenant.bucket.spend(dear * FUEL_A_SECOND, self._runtime.clock())
-        if more:
+        if run.closing is not None:
+            self._runtime.had_last_slice(run)
+        elif more:
             run.slices -= 1
             self._schedule.push(run, LONG if run.slices > 0 else SPINNING)
 
@@ -164,19 +164,20 @@ class Slices:
         fiber = run.fiber
         if fiber is None:
             return False
-        jobs = 0
+        self._runtime.guard.admit(run)
         try:
             while True:
                 state = fiber.poll()
-                if run.debt >= FUEL_SLICE and not self._account(run, fiber):
+                # Small jobs and calls add up; so many of them are a slice like any other.
+                over = run.debt >= FUEL_SLICE
+                if over and not self._account(run, fiber):
                     return False
                 if state is FiberState.WAITING:
                     if run.job is None:
                         return False
                     if not self._work(run, fiber):
                         return run.job is not None
-                    jobs += 1
-                    if jobs < JOBS_A_SLICE:
+                    if not over:
                         continue
                 elif state is FiberState.DONE:
                     self._runtime.returned(run, fiber.result)
@@ -221,7 +222,7 @@ class Slices:
                     run.ticket = ticket = self._runtime.helper.submit(run.tenant.name, job.work)
                     self.jobs[ticket] = partial(self._worked, run, job)
                     return False
-                value = job.finish(job.work())
+                value = job.finish(self._runtime.guard.around(job.work))
             else:
                 assert isinstance(job, GeneratorType)
                 try:

@@ -39,15 +39,17 @@ class Tenant:
 
     Attributes:
         runs: its runs that have not ended.
+        inbox_bytes: what the inboxes of all its runs hold.
         queues: its guests that may run, one queue a place.
         throttled_at: since when its guests are held back, or None. release_at: until when.
     """
 
-    __slots__ = ("bucket", "idle_since", "name", "queues", "release_at", "runs", "throttled_at")
+    __slots__ = ("bucket", "idle_since", "inbox_bytes", "name", "queues", "release_at", "runs", "throttled_at")
 
     def __init__(self, name: str, rate: float, now: float) -> None:
         self.name = name
         self.runs = 0
+        self.inbox_bytes = 0
         self.bucket = Bucket(rate, rate * BURST_SECONDS, now)
         self.queues: tuple[deque[GuestRun], ...] = (deque(), deque(), deque(), deque())
         self.throttled_at: float | None = None

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Callable
 from typing import Literal
 
-from realm.guests.fiber_types import GuestExit, Handler, OutOfBounds, ValueType
+from realm.guests.fiber_types import FUEL_SLICE, GuestExit, Handler, OutOfBounds, ValueType
 from realm.guests.fibers import Linker
 from realm.guests.run import HOST_CALL_FUEL, GuestRun
 
@@ -23,8 +23,9 @@ MAX_LINE = 4096
 MAX_WRITE = 64 << 10
 MAX_LINES = 256
 """Bytes and lines that one ``fd_write`` takes."""
-_WRITE_FUEL, _BUFFER_FUEL, _LINE_FUEL = 4, 2_000, 5_000
+_WRITE_FUEL, _BUFFER_FUEL, _LINE_FUEL = 4, 3_000, 5_000
 _RANDOM_FUEL = 50
+"""Fuel a byte, a buffer, a line and a random byte: what they take, and somewhat more."""
 
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
@@ -153,6 +154,7 @@ def _fd_write(run: GuestRun, values: tuple[int, ...]) -> int:
         return EINVAL
     memory = run.memory
     memory.check(out, 4)
+    run.charge(_BUFFER_FUEL * count)
     pieces: list[bytes] = []
     room, total = MAX_WRITE, 0
     for pointer, length in _PAIR.iter_unpack(memory.read(buffers_at, count * _PAIR.size)):
@@ -162,7 +164,7 @@ def _fd_write(run: GuestRun, values: tuple[int, ...]) -> int:
             pieces.append(memory.read(pointer, min(length, room)))
             room -= len(pieces[-1])
     data = b"".join(pieces)
-    run.charge(_WRITE_FUEL * len(data) + _BUFFER_FUEL * count)
+    run.charge(_WRITE_FUEL * len(data))
     taken = _write_lines(run, fd, data)
     # Once the log is full the prints go nowhere, as on any full terminal: the guest is told that all is written.
     memory.pack(_U32, out, min(total, (1 << 32) - 1) if run.log_full else taken)
@@ -254,9 +256,12 @@ def _make_handler(name: str) -> Handler:
         run.last_call = label
         run.debt += HOST_CALL_FUEL
         try:
-            return work(run, values)
+            result = work(run, values)
         except OutOfBounds:
-            return EFAULT
+            result = EFAULT
+        if run.debt >= FUEL_SLICE and run.fiber is not None:
+            run.fiber.give_way()
+        return result
 
     return handler
 

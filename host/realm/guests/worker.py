@@ -22,6 +22,7 @@ from realm import sandbox
 from realm.channel import BlockingChannel, ChannelClosed, connect
 from realm.errors import RealmError
 from realm.guests.facts import ModelFacts
+from realm.guests.guard import MemoryGuard
 from realm.guests.helper import HelperThread
 from realm.guests.runtime import GuestRuntime, Turn, tune_collector, tune_switching
 from realm.messages import (
@@ -77,6 +78,7 @@ class GuestWorker:
         self._poll = select.poll()
         self._poll.register(engine.fileno(), select.POLLIN)
         self._poll.register(gateway.fileno(), select.POLLIN)
+        runtime.guard = MemoryGuard(ceiling, helper)
         if helper is not None:
             runtime.helper = helper
             self._poll.register(helper.fileno(), select.POLLIN)
@@ -94,7 +96,7 @@ class GuestWorker:
 
     def _turn(self, now: float) -> Turn:
         """Let guests run. Messages of the host's own need memory that guests do not get."""
-        self._ceiling.lower()
+        self._runtime.guard.enter()
         try:
             return self._runtime.turn(now)
         except MemoryError:
@@ -102,7 +104,7 @@ class GuestWorker:
             log.error("memory is short: guests have used up their part")
             return Turn(busy=True)
         finally:
-            self._ceiling.lift()
+            self._runtime.guard.leave()
             if now >= self._look_at:
                 self._look_at = now + CROWDED_SECONDS
                 if self._ceiling.crowded():
@@ -130,11 +132,11 @@ class GuestWorker:
     def _apply(self, message: GatewayToWorker) -> None:
         match message:
             case StartRun():
-                self._ceiling.lower()
+                self._runtime.guard.enter()
                 try:
                     self._runtime.start(message)
                 finally:
-                    self._ceiling.lift()
+                    self._runtime.guard.leave()
             case TenantShare():
                 self._runtime.share(message)
             case CancelRun():
@@ -220,6 +222,7 @@ def main(arguments: list[str] | None = None) -> int:
     # The terminal's Ctrl-C goes to the whole group; the supervisor decides when a worker ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
+        sandbox.give_way()
         sandbox.limit(options.memory_limit)
         ceiling = sandbox.DataCeiling()
         tokenizer = Tokenizer(options.model)

@@ -6,6 +6,7 @@ a guest runs, by a reserve that only the host's own code can use.
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 from typing import Final, Protocol
@@ -28,6 +29,9 @@ class Ceiling(Protocol):
 
     def lift(self) -> None: ...
 
+    def room(self) -> float:
+        """Bytes that guests may still take; below 0 if the host is beyond their part already."""
+
     def crowded(self) -> bool:
         """Whether guests have used up their part, or nearly."""
 
@@ -40,6 +44,9 @@ class NoCeiling:
     def lower(self) -> None: ...
 
     def lift(self) -> None: ...
+
+    def room(self) -> float:
+        return math.inf
 
     def crowded(self) -> bool:
         return False
@@ -65,10 +72,12 @@ class DataCeiling:
     def lift(self) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, self._full)
 
-    def crowded(self) -> bool:
+    def room(self) -> float:
         # The sixth number is what RLIMIT_DATA counts, and the stack, in pages.
-        used = int(os.pread(self._statm, 256, 0).split()[5]) * _PAGE
-        return used > self.most - NEAR
+        return self.most - int(os.pread(self._statm, 256, 0).split()[5]) * _PAGE
+
+    def crowded(self) -> bool:
+        return self.room() < NEAR
 
     def close(self) -> None:
         os.close(self._statm)
