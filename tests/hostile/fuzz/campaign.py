@@ -152,11 +152,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--first", type=int, default=0, help="number of the first input")
     parser.add_argument("--findings", type=Path, default=Path(".cache/fuzz"), help="folder for failing inputs")
+    parser.add_argument("--most", type=int, help="most inputs")
+    parser.add_argument("--shrink", type=float, default=SHRINK_SECONDS, help="most seconds to make a finding smaller")
     options = parser.parse_args(arguments)
     # What the checks look at is kept by them; the rest would only hide the report.
     logging.getLogger("realm").propagate = False
     logging.getLogger("realm").addHandler(logging.NullHandler())
-    report = run_campaign(TARGETS[options.target](), options.seconds, options.first, options.findings)
+    report = run_campaign(
+        TARGETS[options.target](),
+        options.seconds,
+        options.first,
+        options.findings,
+        most=options.most,
+        shrink=options.shrink,
+    )
     described: dict[str, Any] = vars(report)
     sys.stdout.write(json.dumps(described) + "\n")
     return 1 if report.findings else 0
