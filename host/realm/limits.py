@@ -33,7 +33,7 @@ class TenantLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     )
     fuel_per_second: Annotated[
         int, _count("fuel/s", "of all runs together; beyond it they are slowed, not ended", low=1_000_000)
-    ] = 2_000_000_000
+    ] = 1_000_000_000
     seconds_per_run: Annotated[int, _count("s", "wall time of one run", low=1, high=86_400)] = 600
     seconds_to_first_call: Annotated[
         int, _count("s", "wall time from a run's start to its first host call", low=1, high=86_400)

@@ -222,7 +222,6 @@ def main(arguments: list[str] | None = None) -> int:
     # The terminal's Ctrl-C goes to the whole group; the supervisor decides when a worker ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        sandbox.give_way()
         sandbox.limit(options.memory_limit)
         ceiling = sandbox.DataCeiling()
         tokenizer = Tokenizer(options.model)

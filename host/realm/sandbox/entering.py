@@ -56,11 +56,11 @@ class Containment:
 
 
 def give_way() -> None:
-    """Let the engine and the gateway run first where processors are short. Call it before :func:`limit`.
+    """Let everything else of the host run first where processors are short: for what can wait, as compiling can.
 
-    A guest that spins takes a processor that an engine thread waits for, and in each layer all threads wait
-    for the slowest: a token took 42 to 52 ms instead of 15 on two processors, and takes 19 to 21 with this.
-    A worker needs little, and has what it needs while the engine waits for it.
+    Not for guest workers, though a guest that spins at full rate on one of two processors makes a token take
+    42 to 52 ms instead of 15, and 19 to 21 with this: a flood of calls, which keeps the gateway busy, would
+    then starve all guests. ``fuel_per_second`` bounds what spinning takes. Call it before :func:`limit`.
     """
     os.nice(NICENESS)
     # Each child has a session of its own, and where the kernel groups sessions, niceness counts only within
