@@ -39,8 +39,8 @@ TURN_SLICES = 16
 OTHERS_SECONDS = 0.004
 """After this time without a slice the others get one also in a turn with answered guests."""
 DEAR_SECONDS = 0.0004
-"""A slice of ordinary code takes 0.26 ms. What takes longer than this (strides over much memory; touching fresh pages costs 1.4 us
-for 12 units of fuel, so that 64 MiB are one slice of 22 ms) is charged by processor time, ..."""
+"""A slice of ordinary code takes 0.26 ms. What takes longer than this (strides over much memory; touching
+fresh pages costs 1.4 us for 12 units of fuel, so that 64 MiB are one slice of 22 ms) is charged by time, ..."""
 FUEL_A_SECOND = FUEL_SLICE / 0.00026
 """... at what ordinary code burns in that time: cheap fuel must not buy more than a tenant's rate."""
 
