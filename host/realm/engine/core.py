@@ -330,7 +330,10 @@ class EngineCore:
             try:
                 drawn = draw(logits[row : row + 1], [params[at]], [history[at]])
             except Exception:
-                log.exception("a draw with %r failed", params[at])
+                # Not the whole of it: mask and biases are a tenant's, and long.
+                p = params[at]
+                chosen = (p.temperature, p.top_k, p.top_p, p.min_p, p.repetition_penalty)
+                log.exception("a draw with (temperature, top_k, top_p, min_p, penalty) %r failed", chosen)
                 continue
             result[wanting[row].sequence.id] = (drawn.tokens[0], drawn.logprobs[0])
         return result
