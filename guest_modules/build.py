@@ -46,6 +46,8 @@ GUESTS = (
     Guest("best_of_n", "guest_modules/best_of_n/best_of_n.c", "guest_modules/best_of_n/best_of_n.wasm"),
     Guest("constrained", "guest_modules/constrained/constrained.zig", "guest_modules/constrained/constrained.wasm"),
     Guest("decode", "guest_modules/decode/decode.c", "guest_modules/decode/decode.wasm"),
+    # The host ships this one too, for `realm bench`.
+    Guest("bench", "guest_modules/bench/bench.c", "host/realm/bench/bench.wasm"),
 )
 
 

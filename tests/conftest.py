@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+
+# Before anything imports triton: tests run its kernels on the CPU (tests.interpreter), except those in tests/gpu.
+os.environ["TRITON_INTERPRET"] = "1"
 
 from realm.models.importer import import_model
 from realm.settings import default_home

@@ -13,6 +13,7 @@ import sys
 from typing import Any
 
 from realm.channel import BlockingChannel, ChannelClosed, connect, listen
+from realm.engine.options import declare
 from realm.messages import (
     CancelRun,
     EngineReady,
@@ -37,9 +38,8 @@ ENDS = {b"die": 3, b"quit": 0}
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    for name in ("socket", "model", "dtype", "kv-pages", "token-budget", "max-sequences", "threads"):
-        parser.add_argument(f"--{name}")
-    for name in ("engine", "gateway", "worker", "cache"):
+    declare(parser)
+    for name in ("socket", "model", "engine", "gateway", "worker", "cache"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--standby", action="store_true")
     return parser.parse_args()

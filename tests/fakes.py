@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import wasmtime
 
@@ -23,6 +24,9 @@ from realm.guests.module_format import parse_module
 from realm.guests.runtime import GuestRuntime, Turn
 from realm.guests.sampling_reference import draw_token
 from realm.messages import (
+    CONTINUE,
+    DRAWN,
+    NO_LANE,
     CallDone,
     CallFailed,
     EndRun,
@@ -39,6 +43,7 @@ from realm.messages import (
     Output,
     RunFinished,
     RunLimits,
+    SamplingParams,
     SaveSequence,
     StartRun,
     StoreGet,
@@ -100,9 +105,18 @@ def greedy(tokens: Sequence[int]) -> int:
 
 
 class FakeEngine:
-    """Answers every operation at once; checks what only a defective worker would send."""
+    """Answers every operation at once; checks what only a defective worker would send.
 
-    def __init__(self) -> None:
+    With ``rows`` it lets sequences go on by rows of CONTINUE, as the real engine does, and checks that the
+    worker sends one only where nothing else was asked of the sequence since.
+    """
+
+    def __init__(self, rows: bool = True) -> None:
+        self.rows = rows
+        self.continues = 0
+        # By sequence: lane, token and sampling of its last call, while it may go on.
+        self.going: dict[int, tuple[int, int, SamplingParams]] = {}
+        self._lanes: dict[int, int] = {}
         self.sequences: dict[int, list[int]] = {}
         self.run_of: dict[int, int] = {}
         self.saved: dict[tuple[str, str], list[int]] = {}
@@ -111,8 +125,18 @@ class FakeEngine:
         self.forwards: list[Forward] = []
         self.ended: list[int] = []
 
-    def submit(self, ops: list[EngineOp]) -> None:
+    def submit(self, ops: list[EngineOp], continues: bytes = b"") -> None:
+        for call, seq, lane, token in CONTINUE.iter_unpack(continues):
+            known, drawn, params = self.going[seq]
+            assert (lane, token) == (known, drawn), "a row goes on with what was not drawn"
+            assert params.mask is None and params.bias_tokens is None
+            self.continues += 1
+            if params.temperature > 0:
+                params = msgspec.structs.replace(params, number=params.number + 1)
+            self._forward(Forward(call, seq, array("I", [token]).tobytes(), params, False))
         for op in ops:
+            seq = getattr(op, "parent", getattr(op, "seq", None))
+            self.going.pop(-1 if seq is None else seq, None)
             match op:
                 case OpenSequence():
                     assert op.seq not in self.sequences
@@ -157,6 +181,25 @@ class FakeEngine:
         if op.sampling is not None:
             token, logprob = draw_token(logits, op.sampling, np.array(tokens))
         self.results.append(ForwardDone(op.call, token, logprob, 0, logits.tobytes() if op.want_logits else None))
+        self.going.pop(op.seq, None)
+        if self.rows and op.sampling is not None and not op.want_logits:
+            # The real engine does not always have a lane to give.
+            self._lanes[op.call] = lane = NO_LANE if len(self.forwards) % 5 == 4 else op.seq & 0xFFFF
+            if lane != NO_LANE:
+                self.going[op.seq] = lane, token, op.sampling
+
+    def take(self, count: int | None = None) -> tuple[list[EngineResult], bytes]:
+        """Results, all or the first ``count``: messages, and rows of DRAWN."""
+        messages: list[EngineResult] = []
+        rows = b""
+        for _ in range(min(count or 1 << 30, len(self.results))):
+            result = self.results.popleft()
+            lane = self._lanes.pop(result.call, None)
+            if isinstance(result, ForwardDone) and lane is not None:
+                rows += DRAWN.pack(result.call, result.token, result.logprob, result.cached, lane)
+            else:
+                messages.append(result)
+        return messages, rows
 
 
 _engine: Engine | None = None
@@ -195,7 +238,9 @@ def digest(path: str) -> str:
 class Host:
     """A runtime with a fake engine, a store and a clock that stands still unless told."""
 
-    def __init__(self, facts: ModelFacts = FACTS, tokenizer: Any = None, helper: Helper | None = None) -> None:
+    def __init__(
+        self, facts: ModelFacts = FACTS, tokenizer: Any = None, helper: Helper | None = None, *, rows: bool = True
+    ) -> None:
         self.now = 1000.0
         self.cpu = 0.0
         self.runtime = GuestRuntime(
@@ -207,7 +252,7 @@ class Host:
             cpu_clock=lambda: self.cpu,
             helper=helper,
         )
-        self.engine = FakeEngine()
+        self.engine = FakeEngine(rows)
         self.store: dict[str, bytes] = {}
         self.answer_store = True
         self.events: list[WorkerEvent] = []
@@ -228,7 +273,7 @@ class Host:
         """One turn and, with ``engine``, the engine's answers to it."""
         turn = self.last = self.runtime.turn(self.now)
         self.events += turn.events
-        self.engine.submit(turn.ops)
+        self.engine.submit(turn.ops, turn.continues)
         for event in turn.events:
             if self.answer_store and isinstance(event, StoreGet):
                 value = self.store.get(event.key)
@@ -243,17 +288,16 @@ class Host:
 
     def deliver(self, count: int | None = None) -> None:
         """Hand over engine results, all or the first ``count``."""
-        results = [self.engine.results.popleft() for _ in range(min(count or 1 << 30, len(self.engine.results)))]
-        if results:
+        if self.engine.results:
             self.replies += 1
-            self.runtime.deliver(EngineReply(self.replies, results))
+            self.runtime.deliver(EngineReply(self.replies, *self.engine.take(count)))
 
     def settle(self, turns: int = 10_000) -> None:
         """Turns until nothing moves any more."""
         for _ in range(turns):
             replies = self.replies
             turn = self.turn()
-            if not turn.busy and not turn.ops and not turn.events and self.replies == replies:
+            if not (turn.busy or turn.ops or turn.continues or turn.events) and self.replies == replies:
                 return
         raise AssertionError("the guests do not come to rest")
 

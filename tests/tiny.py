@@ -10,7 +10,9 @@ from typing import Any
 import torch
 import transformers
 
-from realm.engine.core import EngineCore, EngineOptions, load_engine
+from realm.engine.core import EngineCore
+from realm.engine.loading import EngineOptions, load_engine
+from realm.engine.runners.cpu import CpuRunner
 from realm.engine.workers import WORKER_SHIFT
 from realm.messages import CallFailed, EngineOp, EngineResult, Forward, ForwardDone, OpenSequence, SamplingParams
 
@@ -68,8 +70,16 @@ def oracle_logits(model: transformers.PreTrainedModel, tokens: list[int]) -> tor
 
 
 def make_engine(folder: Path, *, clock: Callable[[], float] = time.monotonic, **options: Any) -> EngineCore:
-    defaults: dict[str, Any] = {"dtype": "float32", "pages": 64, "token_budget": 64}
+    """A float32 engine on the CPU; ``options`` are fields of :class:`EngineOptions`."""
+    defaults: dict[str, Any] = {"device": "cpu", "dtype": "float32", "pages": 64, "token_budget": 64}
     return load_engine(folder, EngineOptions(**{**defaults, **options}), clock=clock)
+
+
+def kv_layers(engine: EngineCore) -> list[torch.Tensor]:
+    """The KV cache of an engine on the CPU: of each layer keys and values [2, kv_heads, pages + 1, 16, head_dim]."""
+    runner = engine.runner
+    assert isinstance(runner, CpuRunner)
+    return runner._device._cache.layers
 
 
 def pack(tokens: list[int]) -> bytes:

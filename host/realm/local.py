@@ -11,7 +11,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from realm.engine.core import EngineCore, EngineOptions, load_engine
+from realm.engine.core import EngineCore
+from realm.engine.loading import EngineOptions, load_engine
 from realm.errors import RealmError
 from realm.guests.abi import ErrorCode
 from realm.guests.compiler import compile_module_sync
@@ -91,14 +92,18 @@ def run_local(
         # At once, without a last slice: the caller has gone.
         runtime.close()
         core.submit(_WORKER, runtime.turn(time.monotonic()).ops)
+        if engine is None:
+            core.close()
 
 
 def _drive(runtime: GuestRuntime, core: EngineCore) -> Iterator[Output | Log | RunFinished]:
     store: dict[str, bytes] = {}
     replies = 0
+    # One step for the guest's call and, on a device that may run ahead, one for its next.
+    most = 2 if core.run_ahead else 1
     while True:
         turn = runtime.turn(time.monotonic())
-        core.submit(_WORKER, turn.ops)
+        core.submit(_WORKER, turn.ops, turn.continues)
         for event in turn.events:
             if isinstance(event, StoreGet | StoreSet):
                 runtime.store_reply(_answer_store(store, event))
@@ -110,7 +115,10 @@ def _drive(runtime: GuestRuntime, core: EngineCore) -> Iterator[Output | Log | R
                 runtime.credit(Credit(_RUN, len(event.data)))
         if core.has_work():
             replies += 1
-            runtime.deliver(EngineReply(replies, core.step().get(_WORKER, [])))
+            while core.in_flight < most and core.launch():
+                pass
+            core.settle(wait=True)
+            runtime.deliver(EngineReply(replies, *core.take().get(_WORKER, ([], b""))))
         elif not turn.busy and not turn.events:
             _sleep_until(turn.deadline)
 

@@ -14,6 +14,7 @@ because one buffer costs the same for 1 or 8,192 of them.
 
 from __future__ import annotations
 
+import struct
 from typing import Any, Union
 
 import msgspec
@@ -35,8 +36,10 @@ class SamplingParams(msgspec.Struct, array_like=True, frozen=True, gc=False):
         top_p: keep the smallest set of most likely tokens whose mass reaches this; 1 is off.
         min_p: drop tokens less likely than this fraction of the most likely one; 0 is off.
         repetition_penalty: CTRL's penalty over all tokens of the sequence; 1 is off.
-        uniform: the draw, in [0, 1). Chosen by the caller from (run seed, sequence, draw number),
-            so a run repeats itself whatever else is in the batch.
+        uniform: the draw, in [0, 1), where ``number`` is negative.
+        key, number: otherwise the draw is :func:`realm.guests.draws.uniform` of them. The key comes from
+            (run seed, sequence), so a run repeats itself whatever else is in the batch; numbers go up
+            by one each draw, so the engine knows the next draw before it is asked for.
         mask: bit mask of allowed tokens, little-endian bit order, ceil(vocab / 8) bytes or more;
             None allows all.
         bias_tokens: ``uint32`` ids, bias_values: ``float32`` values added to those logits.
@@ -54,6 +57,8 @@ class SamplingParams(msgspec.Struct, array_like=True, frozen=True, gc=False):
     bias_tokens: bytes | None = None
     bias_values: bytes | None = None
     logprob: bool = False
+    key: int = 0
+    number: int = -1
 
 
 # --- worker -> engine ---------------------------------------------------------------------------
@@ -144,16 +149,30 @@ class WorkerHello(_Message, tag="hello"):
     pid: int
 
 
+CONTINUE = struct.Struct("<QqII")
+"""A ``Forward`` that goes on as before, in 24 bytes: (call, sequence, lane, token).
+
+It appends the one token that was drawn last, with the sampling of the sequence's last call, its draw's
+number one higher, and wants no logits. A worker may send it when the sequence's last answer was a row of
+:data:`DRAWN` with a lane, its last call had no mask and no bias, and nothing else was asked of the
+sequence since.
+"""
+
+
 class WorkerTurn(_Message, tag="turn"):
     """All that a worker's guests asked in one turn, in order.
 
     ``answered`` is the number of the last :class:`EngineReply` this turn has handled: the engine
     uses it to know that the guests it served have all had their chance to call again, and so
     that one merged step can follow rather than two halves.
+
+    ``continues`` are rows of :data:`CONTINUE`, the calls of guests that go on as before; they are
+    applied before ``ops``.
     """
 
     ops: list[EngineOp]
     answered: int = 0
+    continues: bytes = b""
 
 
 # --- engine -> worker ---------------------------------------------------------------------------
@@ -174,6 +193,15 @@ class ForwardDone(_Message, tag="fwd_done"):
     logprob: float
     cached: int
     logits: bytes | None = None
+
+
+DRAWN = struct.Struct("<QifII")
+"""A :class:`ForwardDone` without logits, in 24 bytes: (call, token, logprob, cached, lane).
+
+``lane`` is what a :data:`CONTINUE` of the sequence has to name, or :data:`NO_LANE`.
+"""
+
+NO_LANE = 0xFFFFFFFF
 
 
 class CallDone(_Message, tag="done"):
@@ -205,10 +233,14 @@ EngineResult = Union[ForwardDone, CallDone, CallFailed]
 
 
 class EngineReply(_Message, tag="reply"):
-    """All results that became ready for one worker. ``number`` counts replies to that worker."""
+    """All results that became ready for one worker. ``number`` counts replies to that worker.
+
+    ``drawn`` are rows of :data:`DRAWN`: results like those of ``results``, in any order.
+    """
 
     number: int
     results: list[EngineResult]
+    drawn: bytes = b""
 
 
 # --- gateway <-> engine -------------------------------------------------------------------------
@@ -248,6 +280,8 @@ class TenantStats(msgspec.Struct, array_like=True, gc=False):
     Attributes:
         pages, sequences: held now. saved: sequences kept by name.
         minute_tokens: what counts against ``tokens_per_minute`` now.
+        ahead_tokens: tokens that were computed before the guest had asked, and used. wasted_tokens: the
+            same, but not used; they count like used ones in the tenant's share.
     """
 
     prefill_tokens: int = 0
@@ -257,6 +291,8 @@ class TenantStats(msgspec.Struct, array_like=True, gc=False):
     sequences: int = 0
     minute_tokens: int = 0
     saved: int = 0
+    ahead_tokens: int = 0
+    wasted_tokens: int = 0
 
 
 class EngineStats(_Message, tag="stats"):

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from realm.engine.options import EngineOptions
+
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8765
 
@@ -17,9 +19,28 @@ def default_home() -> Path:
     return Path(chosen) if chosen else Path.home() / ".local" / "share" / "realm"
 
 
-def default_workers() -> int:
-    """Half of the processors that this process may use: the engine's threads need the others."""
-    return max(1, len(os.sched_getaffinity(0)) // 2)
+MAX_DEFAULT_WORKERS = 16
+"""Each worker costs the engine a message a step, so more are not always faster."""
+_GPUS = Path("/dev")
+
+
+def gpu_present() -> bool:
+    """Whether this machine has an NVIDIA GPU that is not hidden from its processes; torch is not asked."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    hidden = visible is not None and not visible.strip().removeprefix("-1")
+    return not hidden and any(_GPUS.glob("nvidia[0-9]*"))
+
+
+def default_workers(device: str = "auto") -> int:
+    """How many guest workers serve, by the processors that this process may use.
+
+    Where the engine computes on a GPU (``device`` as in :class:`~realm.engine.options.EngineOptions`), all
+    but three, which are for engine, gateway and system. On the CPU half of them: its threads need the others.
+    """
+    processors = len(os.sched_getaffinity(0))
+    if device == "cuda" or (device == "auto" and gpu_present()):
+        return max(1, min(processors - 3, MAX_DEFAULT_WORKERS))
+    return max(1, processors // 2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,11 +139,7 @@ class ServeSettings:
         tls_cert, tls_key: PEM files of the certificate (with its chain) and its key; both or none.
         allow_plaintext: serve addresses other machines can reach without TLS.
         workers: guest worker processes.
-        dtype: ``bfloat16`` or ``float32``.
-        kv_pages: KV pages of 16 tokens; 0 sizes the pool from free memory.
-        token_budget: most tokens of one engine step.
-        max_sequences: most sequences of one engine step.
-        threads: the engine's torch threads; 0 leaves torch's default.
+        engine: how the engine is built.
         ready_seconds: how long the engine may load before the start counts as failed.
         defaults: limits of all tenants (:mod:`realm.limits`), below what the operator has stored as the default.
     """
@@ -135,11 +152,7 @@ class ServeSettings:
     tls_key: Path | None = None
     allow_plaintext: bool = False
     workers: int = field(default_factory=default_workers)
-    dtype: str = "bfloat16"
-    kv_pages: int = 0
-    token_budget: int = 512
-    max_sequences: int = 256
-    threads: int = 0
+    engine: EngineOptions = field(default_factory=EngineOptions)
     ready_seconds: float = 600.0
     limits: GatewayLimits = field(default_factory=GatewayLimits)
     defaults: Mapping[str, int] = field(default_factory=dict)

@@ -34,7 +34,7 @@ log = logging.getLogger("realm.serve")
 ENGINE_MODULE = "realm.engine.server"
 WORKER_MODULE = "realm.guests.worker"
 # A worker computes little: threads of BLAS would only cost memory, and Landlock does not bind them.
-_WORKER_ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1"}
+WORKER_ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1"}
 _END_SECONDS = 5.0
 _RESTART_FIRST, _RESTART_MOST = 0.1, 10.0
 _HEALTHY_SECONDS = 30.0
@@ -49,6 +49,25 @@ _JOIN_SECONDS = 60.0
 PING_SECONDS = 2.0
 PINGS_MISSED = 5
 """A worker that has said nothing for as many rounds of pings is killed: after 10 to 12 seconds."""
+
+
+def engine_arguments(settings: ServeSettings, socket: Path, model: Path) -> list[str]:
+    """Arguments of the engine process, which will listen on ``socket`` and serve the folder ``model``."""
+    return ["--socket", str(socket), "--model", str(model), *settings.engine.arguments()]
+
+
+def engine_environment(settings: ServeSettings) -> dict[str, str]:
+    """Defaults of the engine's environment variables.
+
+    Triton keeps compiled kernels where only this user can write, whatever the user's home folder is.
+    """
+    return {**THREADS, "TRITON_CACHE_DIR": str(settings.home / "triton")}
+
+
+def worker_arguments(settings: ServeSettings, number: int, engine: Path, gateway: Path, model: Path) -> list[str]:
+    """Arguments of guest worker ``number``; ``engine`` and ``gateway`` are the sockets that it connects to."""
+    links = ["--engine", str(engine), "--gateway", str(gateway)]
+    return [*links, "--model", str(model), "--cache", str(settings.home / "cache"), "--worker", str(number)]
 
 
 def early_wait(deaths: int) -> float:
@@ -139,10 +158,8 @@ class Supervisor:
         self._engine = child = await Child.spawn(
             "engine",
             ENGINE_MODULE,
-            *("--socket", str(path), "--model", str(self._model), "--dtype", settings.dtype),
-            *("--kv-pages", str(settings.kv_pages), "--token-budget", str(settings.token_budget)),
-            *("--max-sequences", str(settings.max_sequences), "--threads", str(settings.threads)),
-            environment=THREADS,
+            *engine_arguments(settings, path, self._model),
+            environment=engine_environment(settings),
         )
         self._client = client = EngineClient()
         exited = asyncio.create_task(child.wait(), name="the engine's exit")
@@ -231,10 +248,9 @@ class Supervisor:
         child = await Child.spawn(
             f"worker {number}",
             WORKER_MODULE,
-            *("--engine", str(engine), "--gateway", str(self.worker_socket)),
-            *("--model", str(self._model), "--cache", str(self._settings.home / "cache")),
-            *("--worker", str(number), "--standby"),
-            environment=_WORKER_ENVIRONMENT,
+            *worker_arguments(self._settings, number, engine, self.worker_socket, self._model),
+            "--standby",
+            environment=WORKER_ENVIRONMENT,
             waits=True,
         )
         worker = _Worker(number, child, engine)

@@ -35,7 +35,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.benchmarks.bench_serving import REPOSITORY, server
+from tests.benchmarks.host import REPOSITORY, server
 
 if TYPE_CHECKING:
     from realm_sdk import Client

@@ -31,7 +31,7 @@ import psutil
 from realm.models.store import choose_model
 from realm.settings import default_home
 from realm_sdk import Client, RealmError
-from tests.benchmarks.bench_serving import server
+from tests.benchmarks.host import server
 
 SETTLE_SECONDS = 2.5
 """Longer than what counts as an early death, which is followed by a pause."""

@@ -19,7 +19,7 @@ import pytest
 import torch
 import transformers
 
-from realm.engine.core import EngineOptions, load_engine
+from realm.engine.loading import EngineOptions, load_engine
 from realm.messages import EndRun, SamplingParams
 from realm.models.tokenizer import Tokenizer
 from tests.tiny import Driver

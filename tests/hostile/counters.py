@@ -25,6 +25,7 @@ import wasmtime
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
+from realm.engine.options import EngineOptions
 from realm.gateway.gateway import Gateway
 from realm.models.importer import import_model
 from realm.serve import running
@@ -168,9 +169,7 @@ class WholeHost:
             home=self.home,
             port=0,
             workers=WORKERS,
-            dtype="float32",
-            kv_pages=96,
-            threads=1,
+            engine=EngineOptions(dtype="float32", pages=96, threads=1),
             limits=GatewayLimits(credit_bytes=16 << 10, write_high_bytes=32 << 10, write_low_bytes=8 << 10),
             defaults=LIMITS,
         )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import select
 import socket
 import struct
 import threading
+import time
 
 import msgspec
 import pytest
@@ -69,6 +71,31 @@ def test_two_full_pipes_do_not_lock_up() -> None:
         pass
     thread.join(10)
     assert got == back == [big]
+    left.close()
+    right.close()
+
+
+def test_what_was_read_while_sending_waits_although_select_knows_nothing_of_it() -> None:
+    left, right = pair()
+    big = WorkerTurn([], 7, bytes(4 << 20))
+
+    def other_end() -> None:
+        while not right.waiting:
+            time.sleep(0.001)
+        while not left.receive():
+            select.select([left], [], [], 10)
+
+    assert not right.waiting
+    left.send(WorkerHello(3, 99))
+    thread = threading.Thread(target=other_end, daemon=True)
+    thread.start()
+    # Nobody takes it before this end has read what came meanwhile.
+    right.send(big)
+    thread.join(10)
+    assert right.waiting
+    assert not select.select([right], [], [], 0)[0]
+    assert right.receive() == [WorkerHello(3, 99)]
+    assert not right.waiting
     left.close()
     right.close()
 

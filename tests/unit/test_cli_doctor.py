@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from realm.cli import doctor
 from realm.cli.doctor import DOUBTFUL, FAILED, GOOD, Finding, examine
@@ -88,3 +91,62 @@ def test_a_sandbox_that_cannot_be_entered(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     found = findings(tmp_path)["sandbox"]
     assert found.state == FAILED and "No module named realm.sandbox" in found.text
+
+
+def gpu(
+    monkeypatch: pytest.MonkeyPatch, *, usable: bool = True, capability: int = 9, count: int = 1, driver: str = ""
+) -> None:
+    """A machine with a GPU: what torch says of it, and what its driver does."""
+    facts = SimpleNamespace(name="NVIDIA H200", major=capability, minor=0)
+    monkeypatch.setattr(doctor, "gpu_present", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: usable)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (130 << 30, 140 << 30))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(doctor, "version", lambda name: {"triton": "3.6.0"}[name])
+    monkeypatch.setattr(doctor, "_DRIVER", Path(driver or "/nowhere"))
+
+
+def test_a_machine_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(doctor, "gpu_present", lambda: False)
+    assert doctor._gpu() == (GOOD, "none: the engine computes on the CPU")
+
+
+def test_a_gpu_and_all_that_it_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.95.05  Tue Sep 23\nGCC 12\n")
+    gpu(monkeypatch, count=8, driver=str(tmp_path / "version"))
+    state, text = doctor._gpu()
+    assert state == GOOD
+    for part in ("NVIDIA H200", "130.0 GiB free of 140.0 GiB", "capability 9.0", "CUDA 13.0", "driver 580.95.05"):
+        assert part in text
+    assert "Triton 3.6.0" in text and "7 more unused" in text
+    gpu(monkeypatch)
+    assert "driver" not in doctor._gpu()[1] and "unused" not in doctor._gpu()[1]
+
+
+def test_a_gpu_that_torch_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu(monkeypatch, usable=False)
+    state, text = doctor._gpu()
+    assert state == DOUBTFUL and "look at its driver" in text
+    monkeypatch.setattr(torch.version, "cuda", None)
+    state, text = doctor._gpu()
+    assert state == DOUBTFUL and "install torch's CUDA build" in text
+
+
+def test_a_gpu_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu(monkeypatch)
+
+    def lacking(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor, "version", lacking)
+    state, text = doctor._gpu()
+    assert state == FAILED and "pip install triton" in text
+
+
+def test_an_old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu(monkeypatch, capability=7)
+    state, text = doctor._gpu()
+    assert state == DOUBTFUL and "--dtype float32" in text

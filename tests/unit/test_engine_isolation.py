@@ -31,7 +31,7 @@ from realm.messages import (
     SaveSequence,
     TruncateSequence,
 )
-from tests.tiny import Driver, make_engine, make_model, pack
+from tests.tiny import Driver, kv_layers, make_engine, make_model, pack
 
 GREEDY = SamplingParams()
 POISONS = [float("nan"), float("inf"), -3e38]
@@ -54,7 +54,7 @@ def poison(engine: EngineCore, value: float, *, but: tuple[str, ...] = ()) -> No
     kept = {p for s in engine.scheduler.sequences if s.tenant.name in but for p in s.pages}
     kept |= {p for tenant in engine.tenants if tenant.name in but for p in tenant.cached}
     pages = [page for page in range(engine.scheduler.pool.total) if page not in kept]
-    for layer in engine._runner._cache.layers:
+    for layer in kv_layers(engine):
         layer[:, :, pages] = value
 
 
@@ -176,14 +176,14 @@ def test_a_copy_on_write_page_holds_only_what_its_tenant_wrote(folder: Path) -> 
     driver.wait(driver.ask(child, [1]), driver.ask(seq, [2]))
     pages = {p for s in driver.engine.scheduler.sequences for p in s.pages}
     assert len(pages) == 3
-    for layer in driver.engine._runner._cache.layers:
+    for layer in kv_layers(driver.engine):
         assert bool(torch.isfinite(layer[:, :, sorted(pages)]).all())
 
 
 def test_the_page_that_pads_is_never_written(folder: Path) -> None:
     driver = Driver(make_engine(folder, pages=8))
     Victim(driver).day()
-    for layer in driver.engine._runner._cache.layers:
+    for layer in kv_layers(driver.engine):
         assert layer.shape[2] == 9
         assert not layer[:, :, 8].any()
 
@@ -207,11 +207,11 @@ def test_a_prompt_that_another_tenant_has_cached_costs_the_same_as_any_other(fol
     text = prompt(100)
     assert computed_tokens(driver, "a", text) == (100, 0)
     assert computed_tokens(driver, "a", text) == (4, 96)
-    steps = driver.engine.steps
+    steps = driver.engine.stats().steps
     assert computed_tokens(driver, "b", text) == (100, 0)
-    known = driver.engine.steps - steps
+    known = driver.engine.stats().steps - steps
     assert computed_tokens(driver, "b", prompt(100, 1)) == (100, 0)
-    assert driver.engine.steps - steps == 2 * known
+    assert driver.engine.stats().steps - steps == 2 * known
     stats = driver.engine.stats().tenants
     assert (stats["a"].cached_tokens, stats["b"].cached_tokens) == (96, 0)
 
@@ -234,7 +234,7 @@ def test_what_is_found_in_the_cache_is_equal_to_what_is_computed(folder: Path) -
     driver.op(FreeSequence(seq))
     cached = {page for t in driver.engine.tenants for page in t.cached}
     assert len(cached) == 70 // PAGE_SIZE
-    for layer in driver.engine._runner._cache.layers:
+    for layer in kv_layers(driver.engine):
         layer[:, :, [page for page in range(64) if page not in cached]] = float("nan")
     (done,) = driver.wait(driver.ask(driver.open("victim"), prompt(70), logits=True))
     assert done.cached == 64

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from realm.engine.sampling import draw
+from realm.engine.sampling import draw, draw_batch, draws_of, taken
+from realm.guests.draws import uniform
 from realm.messages import SamplingParams
 
 
@@ -125,3 +127,50 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
     together = draw(logits, rows, [None] * 64).tokens
     alone = [draw(logits[i : i + 1], [rows[i]], [None]).tokens[0] for i in range(64)]
     assert together == alone
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(params, st.booleans()), min_size=1, max_size=20),
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([17, 300, 2000]),
+)
+def test_arrays_of_parameters_draw_the_same(choices: list[tuple[SamplingParams, bool]], seed: int, vocab: int) -> None:
+    """Masked rows between others, in steps larger than what is worked on together."""
+    rng = np.random.default_rng(seed)
+    logits = torch.from_numpy(np.round(rng.normal(0, 3, (len(choices), vocab)), 1).astype(np.float32))
+    masks = [np.packbits(rng.random(vocab) < 0.3, bitorder="little") | np.uint8(1) for _ in choices]
+    rows = [
+        msgspec.structs.replace(p, repetition_penalty=1.0, mask=mask.tobytes() if masked else None)
+        for (p, masked), mask in zip(choices, masks, strict=True)
+    ]
+    want = draw(logits, rows, [None] * len(rows))
+    got = draw_batch(logits, draws_of(rows))
+    assert (got.tokens, got.sorted_rows) == (want.tokens, want.sorted_rows)
+    np.testing.assert_array_equal(got.logprobs, want.logprobs)
+    alone = [draw(logits[row : row + 1], [p], [None]).sorted_rows for row, p in enumerate(rows)]
+    assert sorted(got.sorted_rows) == [row for row, costly in enumerate(alone) if costly]
+    for row, p in enumerate(rows):
+        if p.mask is not None:
+            assert masks[row][got.tokens[row] // 8] >> got.tokens[row] % 8 & 1
+    some = rng.permutation(len(rows))[:5].tolist()
+    assert draw_batch(logits[some], taken(draws_of(rows), some)).tokens == [want.tokens[row] for row in some]
+
+
+def test_a_numbered_draw_is_the_streams() -> None:
+    logits = torch.zeros(1, 1000)
+    for number in (0, 1, 77):
+        numbered = SamplingParams(1.0, uniform=0.5, key=12345, number=number)
+        assert draw(logits, [numbered], [None]).tokens == [int(uniform(12345, number) * 1000)]
+    assert draw(logits, [SamplingParams(1.0, uniform=0.5, key=12345)], [None]).tokens == [500]
+
+
+@pytest.mark.parametrize("vocab", [40, 400])
+def test_parameters_that_float32_rounds_to_zero(vocab: int) -> None:
+    """The least top-p keeps the best token only, and the least temperature is not greedy on a tie."""
+    logits = torch.zeros(1, vocab)
+    logits[0, [5, 9]] = 1
+    assert draw(logits, [SamplingParams(1.0, top_p=1e-60, uniform=0.9)], [None]).tokens == [5]
+    assert draw(logits, [SamplingParams(1e-60, uniform=0.9)], [None]).tokens == [9]
+    assert draw(logits, [SamplingParams(1e-60, uniform=0.1)], [None]).tokens == [5]
+    assert draw(logits, [SamplingParams(1.0, top_k=(1 << 32) - 1, uniform=0.999)], [None]).tokens == [vocab - 1]

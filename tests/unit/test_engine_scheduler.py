@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from realm.engine.kv_cache import PAGE_SIZE, PageHolder, PagePool
-from realm.engine.scheduler import Part, Scheduler
+from realm.engine.page_tables import Part
+from realm.engine.scheduler import Scheduler
 from realm.engine.sequence import Call, Sequence, Tenant
 from realm.engine.tenants import Tenants
 from realm.messages import SamplingParams, TenantQuota
@@ -165,7 +166,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Whatever is pending finishes in a bounded number of steps: no deadlock, no starvation."""
         work = sum(len(s.tokens) + self.pages * PAGE_SIZE for s in self.h.sequences.values())
         for _ in range(3 * work + 10):
-            if not self.h.scheduler.has_work():
+            if not self.h.scheduler.pending:
                 return
             assert self.h.step(), "calls are pending and none is in the step"
         raise AssertionError("pending calls do not finish")
@@ -235,10 +236,10 @@ def test_the_oldest_takes_pages_from_the_younger_and_both_finish() -> None:
     h.ask(old, [1] * 20)
     h.ask(young, [0] * 2)
     finished: list[Sequence] = []
-    while h.scheduler.has_work():
+    while h.scheduler.pending:
         finished += [part.sequence for part in h.step() if part.finishes]
     assert finished == [old, young]
-    assert h.scheduler.preemptions > 0
+    assert h.scheduler.tables.preemptions > 0
 
 
 def test_the_pool_notices_double_release() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import select
 import socket
 import subprocess
 import sys
@@ -15,23 +14,20 @@ from typing import Any
 import msgspec
 import pytest
 
-from realm.channel import BlockingChannel, ChannelClosed, connect, listen
+from realm.channel import BlockingChannel, ChannelClosed
 from realm.engine import links
+from realm.engine.answers import as_messages
 from realm.engine.links import PeerLink
-from realm.engine.server import GATHER_PATIENCE, EngineServer, Peer
-from realm.engine.workers import WORKER_SHIFT
 from realm.messages import (
     CallFailed,
     EngineReady,
     EngineReply,
     EngineStats,
-    Forward,
     ForwardDone,
     FreeSequence,
     GatewayHello,
     LimitMet,
     OpenSequence,
-    SamplingParams,
     StatsRequest,
     TenantQuota,
     TruncateSequence,
@@ -39,36 +35,8 @@ from realm.messages import (
     WorkerLost,
     WorkerTurn,
 )
-from tests.tiny import make_engine, make_model, pack
-
-FROM_ENGINE = EngineReply | EngineReady | EngineStats
-
-
-class Link:
-    """A worker's or the gateway's end."""
-
-    def __init__(self, path: str, worker: int = 0) -> None:
-        self.worker = worker
-        self.sock = connect(path)
-        self.channel: BlockingChannel[Any] = BlockingChannel(self.sock, FROM_ENGINE)
-        self.inbox: list[Any] = []
-
-    def next(self, seconds: float = 20) -> Any:
-        deadline = time.monotonic() + seconds
-        while not self.inbox:
-            assert time.monotonic() < deadline, "the engine does not answer"
-            select.select([self.channel], [], [], 0.2)
-            self.inbox += self.channel.receive()
-        return self.inbox.pop(0)
-
-    def seq(self, number: int) -> int:
-        return (self.worker << WORKER_SHIFT) + number
-
-    def call(self, number: int, seq: int, count: int = 3) -> list[Any]:
-        return [OpenSequence(self.seq(seq), f"t{seq}", 1), self.forward(number, seq, [5] * count)]
-
-    def forward(self, call: int, seq: int, tokens: list[int], *, logits: bool = False) -> Forward:
-        return Forward(call, self.seq(seq), pack(tokens), SamplingParams(), logits)
+from tests.engine_link import FROM_ENGINE, Link
+from tests.tiny import make_model
 
 
 class Engine:
@@ -145,7 +113,7 @@ def test_two_workers_share_a_step_after_the_first_round(engine: Engine) -> None:
         for seq, link in enumerate(links, 10):
             reply = link.next()
             assert isinstance(reply, EngineReply) and reply.number == turn
-            (done,) = reply.results
+            (done,) = as_messages(reply.results, reply.drawn)
             assert isinstance(done, ForwardDone)
             link.channel.send(WorkerTurn([link.forward(turn + 1, seq, [done.token])], reply.number))
         if turn == 2:
@@ -179,7 +147,7 @@ def test_a_worker_that_fails_leaves_no_page_and_hurts_no_other(engine: Engine, h
     while engine.stats().pages_used > 1:
         assert time.monotonic() < deadline
     good.channel.send(WorkerTurn([good.forward(2, 20, [1])], 1))
-    assert isinstance(good.next().results[0], ForwardDone)
+    assert isinstance(good.results()[0], ForwardDone)
 
 
 def rubbish(kind: str) -> bytes:
@@ -199,15 +167,6 @@ def rubbish(kind: str) -> bytes:
     }
     payload: bytes = payloads[kind]
     return len(payload).to_bytes(4, "little") + payload
-
-
-def gone(link: Link) -> bool:
-    """Whether the engine has closed the link."""
-    try:
-        link.next()
-    except (ChannelClosed, ConnectionError):
-        return True
-    return False
 
 
 @pytest.mark.parametrize(
@@ -231,9 +190,9 @@ def test_a_frame_that_is_no_message_closes_that_peer_only(shared: Engine, kind: 
     bad.next()
     bad.sock.setblocking(True)
     bad.sock.sendall(rubbish(kind))
-    assert gone(bad)
+    assert bad.gone()
     good.channel.send(WorkerTurn(good.call(1, 20)))
-    assert isinstance(good.next().results[0], ForwardDone)
+    assert isinstance(good.results()[0], ForwardDone)
     good.channel.close()
     shared.until(lambda stats: stats.pages_used == 0)
 
@@ -258,12 +217,12 @@ def test_a_worker_that_claims_to_be_somebody_else_is_closed_and_nobody_else_is(s
     good.channel.send(WorkerTurn(good.call(1, 20)))
     good.next()
     bad.channel.send(message)
-    assert gone(bad)
+    assert bad.gone()
     stranger = shared.link()
     stranger.channel.send(WorkerHello(2, 1) if isinstance(message, WorkerHello) else message)
-    assert gone(stranger)
+    assert stranger.gone()
     good.channel.send(WorkerTurn([good.forward(2, 20, [1])], 1))
-    assert isinstance(good.next().results[0], ForwardDone)
+    assert isinstance(good.results()[0], ForwardDone)
     assert shared.stats().pages_used == 1
     good.channel.close()
     shared.until(lambda stats: stats.pages_used == 0)
@@ -273,7 +232,7 @@ def test_numbers_of_workers_that_would_not_fit_are_refused(shared: Engine) -> No
     for number in (-1, 1 << 23, (1 << 63) - 1, -(1 << 63)):
         link = shared.link()
         link.channel.send(WorkerHello(number, 1))
-        assert gone(link)
+        assert link.gone()
 
 
 def test_limits_come_from_the_gateway(engine: Engine) -> None:
@@ -281,7 +240,7 @@ def test_limits_come_from_the_gateway(engine: Engine) -> None:
     link = engine.worker(1)
     engine.stats()
     link.channel.send(WorkerTurn(link.call(1, 10, count=40)))
-    (failed,) = link.next().results
+    (failed,) = link.results()
     assert isinstance(failed, CallFailed)
     assert failed.limit == LimitMet("kv_pages", 2, 3)
 
@@ -300,7 +259,7 @@ def test_a_worker_that_does_not_read_keeps_nobody_waiting(engine: Engine) -> Non
     for turn in range(2, 12):
         reply = good.next()
         answered = reply.number
-        (done,) = reply.results
+        (done,) = as_messages(reply.results, reply.drawn)
         assert isinstance(done, ForwardDone)
         token = done.token
         good.channel.send(WorkerTurn([good.forward(turn, 20, [token])], answered))
@@ -316,13 +275,13 @@ def test_a_flood_of_operations_is_taken_in_portions_and_in_order(engine: Engine)
     ops: list[Any] = [FreeSequence(flood.seq(number)) for number in range(100_000)]
     flood.channel.send(WorkerTurn([*flood.call(1, 1), *ops, *flood.call(2, 100_001)]))
     good.channel.send(WorkerTurn([good.forward(2, 20, [1])], 1))
-    assert isinstance(good.next().results[0], ForwardDone)
-    results = flood.next().results
+    assert isinstance(good.results()[0], ForwardDone)
+    results = flood.results()
     while len(results) < 1:
-        results += flood.next().results
+        results += flood.results()
     # The sequence of the first call is freed by the flood before or after its step; the last call is served.
     while results[-1].call != 2:
-        results += flood.next().results
+        results += flood.results()
     assert isinstance(results[-1], ForwardDone)
 
 
@@ -396,32 +355,3 @@ def test_a_flood_is_read_in_portions(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ChannelClosed):
         link.receive()
     link.close()
-
-
-def test_a_worker_that_never_answers_is_soon_not_waited_for(folder: Path, tmp_path: Path) -> None:
-    with contextlib.closing(listen(str(tmp_path / "s"))) as listener:
-        server = EngineServer(make_engine(folder), listener, 0.0)
-        link, theirs = pair()
-        peer = Peer(link, worker=1, sent=1)
-        server._workers[1] = peer
-        waits: list[float | None] = []
-        receive = server._receive
-
-        def counted(timeout: float | None) -> None:
-            waits.append(timeout)
-            receive(timeout)
-
-        server._receive = counted  # type: ignore[method-assign]
-        for _ in range(GATHER_PATIENCE):
-            before = len(waits)
-            server._gather()
-            assert len(waits) > before
-        before = len(waits)
-        server._gather()
-        assert len(waits) == before
-        server._turn(peer, WorkerTurn([], 1))
-        peer.sent += 1
-        server._gather()
-        assert len(waits) > before
-        theirs.close()
-        link.close()

@@ -11,6 +11,7 @@ import pytest
 
 from realm.guests import abi
 from realm.guests.abi import ErrorCode
+from realm.guests.draws import stream_key
 from realm.guests.sampling_reference import log_probabilities, most_likely
 from realm.messages import CallFailed, Forward
 from tests import probe
@@ -365,5 +366,5 @@ def test_the_engine_gets_what_the_guest_asked() -> None:
     assert op.sampling is not None
     assert (op.sampling.temperature, op.sampling.top_k, op.sampling.top_p) == (0.5, 3, 1.0)
     assert op.sampling.repetition_penalty == 1.0
-    assert 0 <= op.sampling.uniform < 1
+    assert (op.sampling.key, op.sampling.number) == (stream_key(9, 0), 0)
     assert op.seq >> 40 == 5

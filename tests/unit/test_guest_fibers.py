@@ -92,10 +92,15 @@ def test_closed_guests_give_their_memory_back() -> None:
 
     many()
     process = psutil.Process()
-    before, mappings = process.memory_info().rss, len(process.memory_maps(grouped=False))
-    for _ in range(4):
-        many()
-    assert process.memory_info().rss - before < 8 << 20
+    mappings = len(process.memory_maps(grouped=False))
+    grown = []
+    for _ in range(3):
+        before = process.memory_info().rss
+        for _ in range(4):
+            many()
+        grown.append(process.memory_info().rss - before)
+    # What other tests have left in this process may move once; what guests leak grows each time.
+    assert min(grown) < 8 << 20, grown
     assert len(process.memory_maps(grouped=False)) - mappings < 200
 
 
@@ -114,12 +119,10 @@ def test_no_access_leaves_the_memory(pointer: int, length: int) -> None:
         with pytest.raises(OutOfBounds):
             memory.pack(layout, pointer, 1, 2)
         with pytest.raises(OutOfBounds):
-            memory.unpack(layout, pointer)
-        with pytest.raises(OutOfBounds):
             memory.write(pointer, bytes(layout.size))
     else:
         memory.pack(layout, pointer, 2**64 - 1, 7)
-        assert memory.unpack(layout, pointer) == (2**64 - 1, 7)
+        assert layout.unpack(memory.read(pointer, layout.size)) == (2**64 - 1, 7)
 
 
 _waiting = fiber(WAITS)

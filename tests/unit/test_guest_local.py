@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from wasmtime import wat2wasm
 
-from realm.engine.core import EngineCore, EngineOptions, load_engine
+from realm.engine.core import EngineCore
+from realm.engine.loading import EngineOptions, load_engine
 from realm.errors import RealmError
 from realm.local import run_local
 from realm.messages import Log, Output, RunFinished
@@ -45,6 +46,19 @@ def test_a_local_run_repeats_itself(tmp_path: Path, model: Path, engine: EngineC
     assert not engine.has_work()
     engine.check()
     assert engine.stats().pages_used == 0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_running_ahead_changes_nothing(tmp_path: Path, model: Path, engine: EngineCore, temperature: float) -> None:
+    options = EngineOptions(dtype="float32", pages=16, token_budget=32, run_ahead=2)
+    ahead = load_engine(model, options)
+    found = [events(tmp_path, model, core, GENERATE, sampling(temperature)) for core in (engine, ahead)]
+    assert output(found[0]) == output(found[1])
+    tenant = ahead.stats().tenants["local"]
+    # The guest asked for each token by a row, and the engine had begun it before.
+    assert tenant.ahead_tokens > 0
+    assert tenant.decode_tokens == engine.stats().tenants["local"].decode_tokens
+    ahead.close()
 
 
 def test_store_log_and_a_client_that_is_not_there(tmp_path: Path, model: Path, engine: EngineCore) -> None:

@@ -8,15 +8,22 @@ import signal
 import socket
 import subprocess
 import sys
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from realm.channel import BlockingChannel, listen
+from realm.engine.trace import Recorded
+from realm.guests.runtime import Turn
+from realm.guests.worker import GuestWorker
 from realm.messages import (
     EngineReply,
+    Forward,
     Output,
     RunFinished,
     RunLimits,
@@ -36,7 +43,7 @@ from tests.wat import GENERATE, SPIN, sampling
 class Peers:
     """Both other ends of one worker."""
 
-    def __init__(self, folder: Path, model: Path) -> None:
+    def __init__(self, folder: Path, model: Path, *more: str) -> None:
         self._listeners = [listen(str(folder / name)) for name in ("engine", "gateway")]
         self.process = subprocess.Popen(
             [
@@ -45,6 +52,7 @@ class Peers:
                 "realm.guests.worker",
                 *("--engine", str(folder / "engine"), "--gateway", str(folder / "gateway")),
                 *("--model", str(model), "--worker", "5", "--cache", str(artifacts_folder())),
+                *more,
             ],
             # Threads of numpy's BLAS would be outside the sandbox.
             env={**os.environ, "PYTHONPATH": os.pathsep.join(["host", *sys.path]), "OPENBLAS_NUM_THREADS": "1"},
@@ -73,13 +81,12 @@ class Peers:
         for message in self.engine.receive():
             if isinstance(message, WorkerTurn):
                 self.turns.append(message)
-                self.core.submit(message.ops)
+                self.core.submit(message.ops, message.continues)
             else:
                 self.hellos.append(message)
         if self.core.results:
             self.replies += 1
-            self.engine.send(EngineReply(self.replies, list(self.core.results)))
-            self.core.results.clear()
+            self.engine.send(EngineReply(self.replies, *self.core.take()))
 
     def until_finished(self, run: int) -> RunFinished:
         for _ in range(5000):
@@ -127,8 +134,50 @@ def test_a_run_through_the_process(peers: Peers) -> None:
     assert {hello.pid for hello in peers.hellos} == {peers.process.pid}
     # Every reply is acknowledged by the turn that follows it.
     assert [turn.answered for turn in peers.turns] == list(range(len(peers.turns)))
+    # A call that goes on as before is a row, and no message besides.
+    assert peers.core.continues == 12 - 1 - 2
+    assert sum(bool(turn.ops) for turn in peers.turns) == 1 + 2 + 1
     assert 0 < end.usage.first_call_seconds < 1
     assert CONTEXT > 12
+
+
+def test_it_records_where_its_time_goes(tmp_path: Path) -> None:
+    write_folder(tmp_path / "model")
+    peers = Peers(tmp_path, tmp_path / "model", "--trace", str(tmp_path / "spans"))
+    try:
+        peers.gateway.send(start(1, GENERATE))
+        peers.until_finished(1)
+    finally:
+        peers.close()
+    head, columns = (tmp_path / "spans").read_bytes().split(b"\n", 1)
+    spans = msgspec.json.decode(head, type=Recorded)
+    assert (spans.process, spans.lost) == ("worker 5", 0)
+    assert sorted(spans.names) == ["receive", "send", "turn", "wait"]
+    assert spans.count >= 4 * 12
+    began, ended = (array("d", columns[8 * spans.count * n :][: 8 * spans.count]) for n in range(2))
+    assert all(0 < a <= b for a, b in zip(began, ended, strict=True))
+
+
+def test_rows_go_once_and_before_all_operations() -> None:
+    sent: list[WorkerTurn] = []
+
+    class Link:
+        def send(self, message: WorkerTurn) -> None:
+            sent.append(message)
+
+        def fileno(self) -> int:
+            return 0
+
+    link: Any = Link()
+    runtime: Any = SimpleNamespace()
+    worker = GuestWorker(runtime, link, link)
+    ops: list[Any] = [Forward(n, 1, bytes(8 << 20), None, False) for n in range(20)]
+    worker._send(Turn(ops, continues=b"rows"), True)
+    assert len(sent) > 1
+    assert [turn.continues for turn in sent] == [b"rows"] + [b""] * (len(sent) - 1)
+    assert [op.call for turn in sent for op in turn.ops] == list(range(20))
+    worker._send(Turn(continues=b"more"), False)
+    assert (sent[-1].ops, sent[-1].continues) == ([], b"more")
 
 
 def test_a_spinning_neighbour_does_not_stop_the_others(peers: Peers) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from realm.engine.core import EngineCore, EngineOptions, load_engine
+from realm.engine.core import EngineCore
+from realm.engine.loading import EngineOptions, load_engine
 from realm.guests.compiler import compile_module_sync
 from realm.guests.facts import ModelFacts
 from realm.guests.runtime import GuestRuntime

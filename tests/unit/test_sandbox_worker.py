@@ -131,11 +131,10 @@ class Worker:
                 self.events += message.events
         for message in self.engine.receive():
             if isinstance(message, WorkerTurn):
-                self.core.submit(message.ops)
+                self.core.submit(message.ops, message.continues)
         if self.core.results:
             self._replies += 1
-            self.engine.send(EngineReply(self._replies, list(self.core.results)))
-            self.core.results.clear()
+            self.engine.send(EngineReply(self._replies, *self.core.take()))
 
     def finished(self, run: int) -> RunFinished:
         """How a run ends, once it does."""

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import realm
-from realm.cli import admin, client_commands, models, run, serving
+from realm.cli import admin, bench, client_commands, models, run, serving
 from realm.cli.terminal import ErrorGroup
 
 
@@ -48,6 +48,7 @@ def make_app() -> typer.Typer:
     app.command()(client_commands.login)
     app.add_typer(client_commands.modules_app, name="modules")
     app.add_typer(models.app, name="models")
+    app.add_typer(bench.app, name="bench")
     app.add_typer(admin.tenants_app, name="tenants")
     app.add_typer(admin.keys_app, name="keys")
     return app

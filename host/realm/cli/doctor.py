@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import platform
+import re
 import shutil
 import socket
 import subprocess
@@ -26,6 +27,7 @@ from realm.cli.terminal import size
 from realm.errors import RealmError
 from realm.models.store import list_models
 from realm.sandbox import kernel
+from realm.settings import gpu_present
 
 GOOD, DOUBTFUL, FAILED = "ok", "warn", "fail"
 _STYLES = {GOOD: "green", DOUBTFUL: "yellow", FAILED: "bold red"}
@@ -33,6 +35,8 @@ _BF16_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")
 _WASMTIME = "50.0.1"
 _NEEDED_MEMORY = 1 << 30
 _NEEDED_DISK = 1 << 30
+_NEEDED_CAPABILITY = 8
+_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ def examine(home: Path, port: int) -> Iterator[Finding]:
     checks: list[tuple[str, Callable[[], tuple[str, str]]]] = [
         ("python", _python),
         ("torch", _torch),
+        ("gpu", _gpu),
         ("wasmtime", _wasmtime),
         ("processor", _processor),
         ("memory", _memory),
@@ -83,8 +88,42 @@ def _python() -> tuple[str, str]:
 def _torch() -> tuple[str, str]:
     import torch
 
-    where = f"CUDA {torch.version.cuda}" if torch.cuda.is_available() else "CPU"
-    return GOOD, f"{torch.__version__}, {where}, {torch.get_num_threads()} threads"
+    return GOOD, f"{torch.__version__}, {torch.get_num_threads()} threads"
+
+
+def _gpu() -> tuple[str, str]:
+    """The GPU that ``--device auto`` takes, and whether the kernels can run on it."""
+    import torch
+
+    if not torch.cuda.is_available():
+        if not gpu_present():
+            return GOOD, "none: the engine computes on the CPU"
+        if torch.version.cuda is None:
+            return DOUBTFUL, "there is one, but torch is built for CPUs only: install torch's CUDA build"
+        return DOUBTFUL, f"there is one, but torch (CUDA {torch.version.cuda}) cannot use it: look at its driver"
+    facts = torch.cuda.get_device_properties(0)
+    free, total = torch.cuda.mem_get_info(0)
+    found = (
+        f"{facts.name}, {size(free)} free of {size(total)}, compute capability {facts.major}.{facts.minor}, "
+        f"CUDA {torch.version.cuda}{_driver()}"
+    )
+    try:
+        found = f"{found}, Triton {version('triton')}"
+    except PackageNotFoundError:
+        return FAILED, f"{found}, no Triton: pip install triton, in the version that torch {torch.__version__} needs"
+    if facts.major < _NEEDED_CAPABILITY:
+        return DOUBTFUL, f"{found}: bfloat16 kernels need {_NEEDED_CAPABILITY}.0; serve with --dtype float32"
+    others = torch.cuda.device_count() - 1
+    return GOOD, f"{found}; {others} more unused" if others else found
+
+
+def _driver() -> str:
+    """The driver's version as a continuation of a sentence; empty where the kernel does not tell it."""
+    try:
+        found = re.search(r"\d+\.\d[\d.]*", _DRIVER.read_text())
+    except OSError:
+        return ""
+    return f", driver {found[0]}" if found else ""
 
 
 def _wasmtime() -> tuple[str, str]:

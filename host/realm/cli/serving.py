@@ -12,10 +12,13 @@ import msgspec
 import typer
 
 from realm.cli.terminal import err, out, status
+from realm.engine.options import MOST_AHEAD, EngineOptions
 from realm.settings import DEFAULT_HOST, DEFAULT_PORT, ServeSettings, default_home, default_workers
 
 if TYPE_CHECKING:
     from realm.serve import ServeInfo
+
+_ENGINE = EngineOptions()
 
 
 def serve(
@@ -32,13 +35,28 @@ def serve(
         bool, typer.Option("--allow-plaintext", help="Let other machines connect without TLS: keys can be read.")
     ] = False,
     workers: Annotated[
-        int | None, typer.Option(min=1, max=256, help="Guest worker processes.", show_default="half of the processors")
+        int | None,
+        typer.Option(
+            min=1, max=256, help="Guest worker processes.", show_default="half of the processors; with a GPU, all but 3"
+        ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU where there is one.")] = _ENGINE.device,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = _ENGINE.dtype,
+    attention: Annotated[str, typer.Option(help="sdpa, triton, or auto: the device's.")] = _ENGINE.attention,
     kv_pages: Annotated[int, typer.Option(min=0, help="KV pages of 16 tokens; 0 sizes by free memory.")] = 0,
-    token_budget: Annotated[int, typer.Option(min=1, help="Most tokens of one engine step.")] = 512,
-    max_sequences: Annotated[int, typer.Option(min=1, help="Most sequences of one engine step.")] = 256,
+    kv_fraction: Annotated[
+        float, typer.Option(help="Part of the GPU's memory for KV pages, of what the model leaves.")
+    ] = _ENGINE.kv_fraction,
+    token_budget: Annotated[
+        int, typer.Option(min=0, help="Most tokens of one engine step; 0 is 512 on a CPU, 8192 on a GPU.")
+    ] = 0,
+    max_sequences: Annotated[int, typer.Option(min=0, help="Most sequences of one engine step; 0 is 256.")] = 0,
+    run_ahead: Annotated[
+        int,
+        typer.Option(min=-1, max=MOST_AHEAD, help="Steps launched before guests answer; -1 is 1 on a CPU, 2 on a GPU."),
+    ] = -1,
     threads: Annotated[int, typer.Option(min=0, help="The engine's threads; 0 is torch's default.")] = 0,
+    random_weights: Annotated[bool, typer.Option("--random-weights", hidden=True)] = False,
     json: Annotated[bool, typer.Option("--json", help="Say what is ready as one line of JSON.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens.")] = False,
 ) -> None:
@@ -57,12 +75,19 @@ def serve(
         tls_cert=tls_cert,
         tls_key=tls_key,
         allow_plaintext=allow_plaintext,
-        workers=workers or default_workers(),
-        dtype=dtype,
-        kv_pages=kv_pages,
-        token_budget=token_budget,
-        max_sequences=max_sequences,
-        threads=threads,
+        workers=workers or default_workers(device),
+        engine=EngineOptions(
+            device=device,
+            dtype=dtype,
+            attention=attention,
+            pages=kv_pages,
+            kv_fraction=kv_fraction,
+            token_budget=token_budget,
+            max_sequences=max_sequences,
+            run_ahead=run_ahead,
+            threads=threads,
+            random_weights=random_weights,
+        ),
     )
     waiting = status(f"starting (data in {settings.home})")
     waiting.__enter__()

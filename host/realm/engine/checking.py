@@ -13,6 +13,8 @@ from realm.messages import SamplingParams
 MAX_TEMPERATURE = 100.0
 MAX_PENALTY = 100.0
 MAX_TOP_K = (1 << 32) - 1
+MAX_NUMBER = 1 << 62
+"""Numbers of draws are below this; those that follow fit in 64 bits then."""
 MAX_BIAS = 4096
 """Entries of a bias."""
 
@@ -22,6 +24,8 @@ def sampling_fault(p: SamplingParams, vocab: int) -> str | None:
     # Written so that NaN, which compares as false, is refused.
     if not 0 <= p.temperature <= MAX_TEMPERATURE:
         return f"temperature is {p.temperature}; it must be 0..{MAX_TEMPERATURE:g}"
+    if not (0 <= p.key < 1 << 64 and -1 <= p.number < MAX_NUMBER):
+        return f"draw {p.number} of stream {p.key} is out of range"
     if not 0 <= p.uniform < 1:
         return f"uniform is {p.uniform}; it must be in [0, 1)"
     if not 0 <= p.top_k <= MAX_TOP_K:

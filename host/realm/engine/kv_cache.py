@@ -221,24 +221,27 @@ class PagePool:
         cached = {page: holder for holder in self.holders for page in holder.cached}
         if len(free) != len(self._free):
             raise AssertionError("a page is twice in the free list")
-        if free & cached.keys():
-            raise AssertionError(f"pages {sorted(free & cached.keys())} are free and cached")
+        # Each page is in one of the three; of the free ones, which are most, nothing is looked at one by one.
+        for one, other in ((free, cached.keys()), (free, held.keys()), (cached.keys(), held.keys())):
+            if both := one & other:
+                raise AssertionError(f"pages {sorted(both)} are in two states at once")
+        if len(free) + len(cached) + len(held) != self.total:
+            raise AssertionError("a page is in no state")
+        if any(map(self._references.__getitem__, free)) or not free.isdisjoint(self._sealed):
+            raise AssertionError("a free page is held, or can be found by key")
+        if set(map(self._owners.__getitem__, free)) - {None}:
+            raise AssertionError("a free page is counted for a tenant")
+        for page, holder in cached.items():
+            if self._references[page] or page not in self._sealed or self._owners[page] is not holder:
+                raise AssertionError(f"cached page {page} is held, cannot be found, or is another tenant's")
         used: dict[PageHolder, int] = {}
-        for page in range(self.total):
-            count = held.get(page, 0)
+        for page, count in held.items():
             if self._references[page] != count:
                 raise AssertionError(f"page {page} has {self._references[page]} references and {count} holders")
-            if (count == 0) != (page in free or page in cached):
-                raise AssertionError(f"page {page} with {count} holders is in the wrong list")
-            if page in free and page in self._sealed:
-                raise AssertionError(f"free page {page} can be found by key")
-            if page in cached and page not in self._sealed:
-                raise AssertionError(f"cached page {page} cannot be found")
             owner = self._owners[page]
-            if owner is not (owned[page] if count else cached.get(page)):
+            if owner is not owned[page]:
                 raise AssertionError(f"page {page} is counted for the wrong tenant")
-            if count and owner is not None:
-                used[owner] = used.get(owner, 0) + 1
+            used[owner] = used.get(owner, 0) + 1
         for holder in self.holders:
             if holder.used != used.pop(holder, 0):
                 raise AssertionError(f"a tenant's count of used pages is wrong: {holder.used}")

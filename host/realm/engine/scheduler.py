@@ -26,12 +26,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from itertools import islice
 
 from realm.engine.kv_cache import PAGE_SIZE, PageHolder, PagePool
+from realm.engine.page_tables import PageTables, Part, StepPlan
 from realm.engine.sequence import SEQUENCE_BYTES, TOKEN_BYTES, Call, Sequence, Tenant
-from realm.engine.victims import Victims, by_age
+from realm.engine.victims import by_age
 
 PREFILL_WEIGHT = 1.0
 DECODE_WEIGHT = 2.0
@@ -49,40 +49,15 @@ FLATNESS_ROWS = 1024
 """Filtered rows after which a tenant's flat ones are forgotten."""
 
 
-@dataclass(slots=True)
-class Part:
-    """One sequence's share of a step: compute ``count`` tokens after the ``start`` computed ones.
-
-    ``finishes``: the sequence's pending call is done after this step.
-    """
-
-    sequence: Sequence
-    start: int
-    count: int
-    finishes: bool
-
-
-@dataclass(slots=True)
-class StepPlan:
-    """What to compute.
-
-    ``fresh`` are pages to clear first: new ones that this step does not fill, whose rest attention
-    will read (and hide). ``copies`` are (source, destination) pages to copy before anything is written.
-    """
-
-    parts: list[Part] = field(default_factory=list)
-    copies: list[tuple[int, int]] = field(default_factory=list)
-    fresh: list[int] = field(default_factory=list)
-
-
 class Scheduler:
     """Pending calls and page tables. One thread owns it.
 
     Attributes:
-        pool: the pages.
-        preemptions: how often a sequence lost its pages so far.
+        pool: the pages. tables: which sequence has which.
         bytes: memory of all sequences, as :data:`~realm.engine.sequence.BYTES_PER_PAGE` counts it.
         clock: seconds; tells how long a tenant has not called.
+        step: number of the next step.
+        on_remove: told of each sequence before it is forgotten.
     """
 
     def __init__(
@@ -95,16 +70,17 @@ class Scheduler:
     ) -> None:
         """``token_budget``: most tokens a step; ``max_sequences``: most sequences a step."""
         self.pool = PagePool(pages)
-        self.preemptions = 0
+        self.tables = PageTables(self.pool, self._requeue)
         self.bytes = 0
         self.clock = clock
         self._budget = token_budget
-        self._max_sequences = max_sequences
+        self.max_sequences = max_sequences
         self._sequences: dict[int, Sequence] = {}
         self._active: dict[Tenant, None] = {}
         self._pending = 0
-        self._step = 0
-        self._victims = Victims()
+        self._order = 0
+        self.step = 0
+        self.on_remove: Callable[[Sequence], None] = _nothing
 
     # --- sequences ------------------------------------------------------------------------------
 
@@ -112,8 +88,20 @@ class Scheduler:
     def sequences(self) -> Iterable[Sequence]:
         return self._sequences.values()
 
-    def has_work(self) -> bool:
-        return self._pending > 0
+    @property
+    def pending(self) -> int:
+        """Calls that are not in a step yet."""
+        return self._pending
+
+    @property
+    def pending_decodes(self) -> int:
+        """Those of them with one token left."""
+        return sum(len(tenant.decodes) for tenant in self._active)
+
+    @property
+    def waiting(self) -> list[Tenant]:
+        """Tenants with pending calls."""
+        return [tenant for tenant in self._active if tenant.pending]
 
     def add(self, sequence: Sequence) -> None:
         self._sequences[sequence.id] = sequence
@@ -127,7 +115,7 @@ class Scheduler:
         child.pages = parent.pages[:]
         child.keys = parent.keys[:]
         # A fork counts as a use: so the idle ones stay in the order of their last use.
-        child.last_step = self._step - 1
+        child.last_step = self.step - 1
         for page in child.pages:
             self.pool.retain(page)
         if child.pages:
@@ -142,13 +130,14 @@ class Scheduler:
         del sequence.tokens[length:]
         sequence.computed = min(sequence.computed, length)
         keep = -(-sequence.computed // PAGE_SIZE)
-        self._release_from(sequence, keep)
+        self.tables.release_from(sequence, keep)
         del sequence.keys[sequence.computed // PAGE_SIZE :]
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence and its pending call."""
+        self.on_remove(sequence)
         self.cancel(sequence)
-        self._release_from(sequence, 0)
+        self.tables.release_from(sequence, 0)
         sequence.tenant.idle.pop(sequence.id, None)
         del self._sequences[sequence.id]
         self._account(sequence.tenant, -1, -len(sequence.tokens))
@@ -159,22 +148,32 @@ class Scheduler:
         self.bytes += sequences * SEQUENCE_BYTES + tokens * TOKEN_BYTES
 
     def submit(self, sequence: Sequence, call: Call) -> None:
-        """Queue a call whose tokens are already appended to the sequence."""
+        """Queue a call whose tokens are already appended to the sequence; its ``order`` is given here."""
+        self._account(sequence.tenant, 0, call.count + call.weight)
+        self.resubmit(sequence, call)
+
+    def resubmit(self, sequence: Sequence, call: Call) -> None:
+        """Queue a call that a sequence had in its lane: its tokens are counted already."""
         tenant = sequence.tenant
-        if self._is_idle(tenant):
-            self._forget_idle()
-            if self._active:
-                tenant.counter = max(tenant.counter, min(other.counter for other in self._active))
-            self._active[tenant] = None
-        self._account(tenant, 0, call.count + call.weight)
+        call.order = self._order
+        self._order += 1
+        self._wake(tenant)
         tenant.idle.pop(sequence.id, None)
         sequence.call = call
         sequence.queued = True
         self._pending += 1
         self._enqueue(sequence)
 
+    def _wake(self, tenant: Tenant) -> None:
+        """A tenant that was idle is active from now on: its counter is lifted to the least of the others."""
+        if self._is_idle(tenant):
+            self._forget_idle()
+            if self._active:
+                tenant.counter = max(tenant.counter, min(other.counter for other in self._active))
+            self._active[tenant] = None
+
     def _is_idle(self, tenant: Tenant) -> bool:
-        return not tenant.pending and tenant.last_step < self._step - IDLE_STEPS
+        return not tenant.pending and tenant.last_step < self.step - IDLE_STEPS
 
     def _forget_idle(self) -> None:
         for tenant in [tenant for tenant in self._active if self._is_idle(tenant)]:
@@ -197,7 +196,7 @@ class Scheduler:
             tenant.blocked = None
         if sequence.pages:
             # What was not served counts as used now, too: the idle ones stay in order.
-            sequence.last_step = max(sequence.last_step, self._step - 1)
+            sequence.last_step = max(sequence.last_step, self.step - 1)
             tenant.idle[sequence.id] = sequence
 
     def cancel(self, sequence: Sequence) -> None:
@@ -208,19 +207,26 @@ class Scheduler:
 
     # --- planning -------------------------------------------------------------------------------
 
-    def plan(self) -> StepPlan:
-        """The next step; empty when nothing is pending. Pages are allocated here."""
-        plan = self._plan()
+    def plan(self, taken: int = 0) -> StepPlan:
+        """The next step; empty when nothing is pending. Pages are allocated here.
+
+        ``taken`` rows are the lanes' already.
+        """
+        plan = self._plan(taken)
         if not plan.parts and self._pending:
             # The oldest with pages may stand beyond those that were looked at; now it goes first.
-            plan = self._plan()
+            again = self._plan(taken)
+            again.full |= plan.full
+            again.short |= plan.short
+            return again
         return plan
 
-    def _plan(self) -> StepPlan:
+    def _plan(self, taken: int) -> StepPlan:
         plan = StepPlan()
-        budget = self._budget
+        budget = max(1, self._budget - taken)
+        most_parts = max(1, self.max_sequences - taken)
         planned: set[int] = set()
-        self._victims.begin(self._step)
+        self.tables.victims.begin(self.step)
         self.pool.now = self.clock()
         failures: dict[Tenant, int] = {}
         ordered, urgent = self._ordered()
@@ -228,7 +234,7 @@ class Scheduler:
         # Those that go first because they were blocked leave a token for each decode of the step.
         reserve = min(sum(len(tenant.decodes) for tenant in self._active), budget // 2) if urgent else 0
         for place, sequence in enumerate(ordered):
-            if len(plan.parts) >= self._max_sequences or budget <= 0:
+            if len(plan.parts) >= most_parts or budget <= 0:
                 break
             tenant, call = sequence.tenant, sequence.call
             assert call is not None
@@ -240,8 +246,8 @@ class Scheduler:
             most = budget - reserve if place < urgent else budget
             if most <= 0:
                 continue
-            count = min(self._match_prefix(sequence), most)
-            if not self._make_room(sequence, count, plan, planned):
+            count = min(self.tables.match_prefix(sequence), most)
+            if not self.tables.make_room(sequence, count, plan, planned):
                 failures[tenant] = failures.get(tenant, 0) + 1
                 self._block(sequence, planned)
                 continue
@@ -259,8 +265,8 @@ class Scheduler:
         It can take the pages of all others that are not in a plan, so it always makes progress.
         """
         tenant = sequence.tenant
-        self._victims.add(sequence)
-        holder = self._victims.oldest(tenant)
+        self.tables.victims.add(sequence)
+        holder = self.tables.victims.oldest(tenant)
         if holder is not None and holder.id not in planned and holder.arrival < sequence.arrival:
             sequence = holder
         if tenant.blocked is None or sequence.arrival < tenant.blocked.arrival:
@@ -272,7 +278,7 @@ class Scheduler:
         Of one tenant no more are looked at than a step can take, so its queue is its own affair.
         Returns how many are blocked ones, too; they come a second time in their places.
         """
-        most = self._max_sequences
+        most = self.max_sequences
         blocked: list[Sequence] = []
         decodes: list[Sequence] = []
         prompts: list[Sequence] = []
@@ -298,117 +304,18 @@ class Scheduler:
         return {
             tenant: max(1, int(COSTLY_ROWS / tenant.flatness))
             for tenant in self._active
-            if tenant.flatness * self._max_sequences > COSTLY_ROWS
+            if tenant.flatness * self.max_sequences > COSTLY_ROWS
         }
 
     @staticmethod
     def _needs_pages(sequence: Sequence) -> bool:
         return sequence.computed == len(sequence.pages) * PAGE_SIZE
 
-    def _match_prefix(self, sequence: Sequence) -> int:
-        """Take cached pages that continue the computed ones; returns the tokens left to compute."""
-        call = sequence.call
-        assert call is not None
-        if not call.matched:
-            pool = self.pool
-            tenant = sequence.tenant
-            # The last token is always computed: its logits are what the call is about.
-            while (
-                sequence.computed % PAGE_SIZE == 0
-                and sequence.remaining > PAGE_SIZE
-                and len(sequence.keys) == sequence.computed // PAGE_SIZE == len(sequence.pages)
-            ):
-                index = sequence.computed // PAGE_SIZE
-                found = pool.find(sequence.parent_key(index), sequence.page_tokens(index))
-                if found is None:
-                    break
-                page, key = found
-                if tenant.used >= tenant.quota.kv_pages and pool.is_cached(page):
-                    # At its limit: what is computed instead will make its own room, or wait for it.
-                    return sequence.remaining
-                pool.retain(page)
-                sequence.pages.append(page)
-                sequence.keys.append(key)
-                appended = len(sequence.tokens) - call.count
-                sequence.computed += PAGE_SIZE
-                call.cached += max(0, min(PAGE_SIZE, sequence.computed - appended))
-            call.matched = True
-            if sequence.remaining == 1:
-                self._requeue(sequence)
-        return sequence.remaining
-
     def _requeue(self, sequence: Sequence) -> None:
         tenant = sequence.tenant
         tenant.decodes.pop(sequence.id, None)
         tenant.prompts.pop(sequence.id, None)
         self._enqueue(sequence)
-
-    def _make_room(self, sequence: Sequence, count: int, plan: StepPlan, planned: set[int]) -> bool:
-        """Give the sequence writable pages for ``count`` more tokens, preempting others if needed.
-
-        All or nothing: on failure the sequence holds what it held before, and nothing is copied.
-        """
-        pool = self.pool
-        first = sequence.computed // PAGE_SIZE
-        held = len(sequence.pages)
-        needed = -(-(sequence.computed + count) // PAGE_SIZE)
-        while len(sequence.pages) < needed:
-            page = self._allocate(sequence, planned)
-            if page is None:
-                self._release_from(sequence, held)
-                return False
-            sequence.pages.append(page)
-        if first < held and not pool.make_writable(sequence.pages[first]):
-            copy = self._allocate(sequence, planned)
-            original = sequence.pages[first]
-            if pool.make_writable(original):
-                # Making room took the other holders' pages: the original is ours alone now.
-                if copy is not None:
-                    pool.release(copy)
-            elif copy is None:
-                self._release_from(sequence, held)
-                return False
-            else:
-                plan.copies.append((original, copy))
-                pool.release(original)
-                sequence.pages[first] = copy
-        if needed > held and (sequence.computed + count) % PAGE_SIZE:
-            plan.fresh.append(sequence.pages[-1])
-        return True
-
-    def _allocate(self, sequence: Sequence, planned: set[int]) -> int | None:
-        tenant = sequence.tenant
-        while tenant.used >= tenant.quota.kv_pages:
-            victim = self._victims.choose(sequence, planned, (tenant,))
-            if victim is None:
-                return None
-            self._preempt(victim)
-        while (page := self.pool.allocate(tenant)) is None:
-            victim = self._victims.choose(sequence, planned, self._tenants_with_pages())
-            if victim is None:
-                return None
-            self._preempt(victim)
-        return page
-
-    def _tenants_with_pages(self) -> list[Tenant]:
-        return [holder for holder in self.pool.holders if isinstance(holder, Tenant)]
-
-    def _preempt(self, victim: Sequence) -> None:
-        self.preemptions += 1
-        self._release_from(victim, 0)
-        victim.computed = 0
-        victim.keys.clear()
-        victim.tenant.idle.pop(victim.id, None)
-        if victim.queued:
-            assert victim.call is not None
-            victim.call.matched = False
-            victim.call.cached = 0
-            self._requeue(victim)
-
-    def _release_from(self, sequence: Sequence, index: int) -> None:
-        # Last page first: the cache then gives away the end of a prefix before its start.
-        while len(sequence.pages) > index:
-            self.pool.release(sequence.pages.pop())
 
     # --- after the step -------------------------------------------------------------------------
 
@@ -421,12 +328,10 @@ class Scheduler:
         for part in plan.parts:
             sequence = part.sequence
             sequence.computed += part.count
-            sequence.last_step = self._step
-            for index in range(len(sequence.keys), sequence.computed // PAGE_SIZE):
-                parent = sequence.parent_key(index)
-                sequence.keys.append(self.pool.seal(sequence.pages[index], parent, sequence.page_tokens(index)))
+            sequence.last_step = self.step
+            self.tables.seal(sequence)
             tenant = sequence.tenant
-            tenant.last_step = self._step
+            tenant.last_step = self.step
             decode = part.count == 1 and part.finishes
             tenant.counter += DECODE_WEIGHT if decode else PREFILL_WEIGHT * part.count
             if part.finishes:
@@ -434,8 +339,36 @@ class Scheduler:
                 self._dequeue(sequence)
             elif sequence.remaining == 1:
                 self._requeue(sequence)
-        self._step += 1
+        self.step += 1
         return finished
+
+    # --- sequences with lanes ---------------------------------------------------------------------
+
+    def append(self, sequence: Sequence, tokens: bytes) -> None:
+        """Add tokens, uint32 bytes, that a sequence with a lane has got there."""
+        sequence.tokens.frombytes(tokens)
+        self._account(sequence.tenant, 0, len(tokens) // TOKEN_BYTES)
+
+    def served(self, tenant: Tenant, rows: int) -> None:
+        """A step computes so many rows of a tenant's lanes."""
+        self._wake(tenant)
+        tenant.counter += DECODE_WEIGHT * rows
+        tenant.last_step = self.step
+        tenant.seen = self.pool.now
+
+    def park(self, sequence: Sequence) -> None:
+        """A sequence has left its lane: its tokens are all there, and ``computed`` says how many are computed.
+
+        Pages beyond those are given back. A step in flight may still write them; whoever gets them
+        writes them in a later one.
+        """
+        self.tables.release_from(sequence, -(-sequence.computed // PAGE_SIZE))
+        # A row that is to be computed again may have filled its page.
+        del sequence.keys[sequence.computed // PAGE_SIZE :]
+        self.tables.seal(sequence)
+        sequence.last_step = max(sequence.last_step, self.step - 1)
+        if sequence.pages:
+            sequence.tenant.idle[sequence.id] = sequence
 
     def drawn(self, tenant: Tenant, filtered: int, flat: int) -> None:
         """Note how many of a tenant's draws with a filter were flat: they are charged, and fewer are
@@ -443,7 +376,7 @@ class Scheduler:
         tenant.counter += FLAT_WEIGHT * flat
         part = min(1.0, filtered / FLATNESS_ROWS)
         tenant.flatness += part * (flat / filtered - tenant.flatness)
-        if flat * self._max_sequences > COSTLY_ROWS * filtered:
+        if flat * self.max_sequences > COSTLY_ROWS * filtered:
             # What costs is believed at once, and forgotten slowly.
             tenant.flatness = max(tenant.flatness, flat / filtered)
 
@@ -473,6 +406,9 @@ class Scheduler:
                 if sequence.call is None or queue.get(sequence.id) is not sequence:
                     raise AssertionError(f"sequence {sequence.id} is pending without a call or in the wrong queue")
                 counts[1] += sequence.call.weight
+            elif sequence.lane >= 0:
+                if sequence.call is not None or sequence.id in tenant.idle:
+                    raise AssertionError(f"sequence {sequence.id} has a lane and something else")
             elif sequence.pages and tenant.idle.get(sequence.id) is not sequence:
                 raise AssertionError(f"idle sequence {sequence.id} cannot be preempted")
         self.pool.check(held, owned)
@@ -485,6 +421,10 @@ class Scheduler:
             raise AssertionError("the number of pending calls is wrong")
         if self.bytes != sum(tenant.bytes for tenant in totals):
             raise AssertionError("the memory of the sequences is counted wrongly")
+
+
+def _nothing(sequence: Sequence) -> None:
+    pass
 
 
 def _by_share(sequence: Sequence) -> tuple[float, int]:

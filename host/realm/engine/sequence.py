@@ -24,6 +24,14 @@ and keys may add as much again.
 """
 
 
+AHEAD_CREDIT = 64.0
+"""Rows that a tenant may waste by running ahead, at most, ..."""
+AHEAD_PER_SEQUENCE = 4.0
+"""... besides so many for each sequence it has, because all of them may end at once."""
+AHEAD_EARNED = 0.25
+"""How many more each token that its guests ask for allows: so at most a fifth of its rows are wasted for long."""
+
+
 @dataclass(slots=True)
 class Call:
     """A pending ``forward``: done when everything in its sequence is computed.
@@ -66,6 +74,9 @@ class Sequence:
         arrival: engine-wide number of the sequence's creation; older ones are preempted last.
         queued: whether the scheduler has its call pending.
         last_step: number of the last step that computed it.
+        lane: its lane (:mod:`realm.engine.lanes`), or -1. While it has one, its pending call and its last
+            tokens are there, and ``call`` is None.
+        sampling: of its last call in a lane, for one that goes on as before when the lane is gone.
     """
 
     id: int
@@ -80,6 +91,8 @@ class Sequence:
     call: Call | None = None
     queued: bool = False
     last_step: int = -1
+    lane: int = -1
+    sampling: SamplingParams | None = None
 
     @property
     def remaining(self) -> int:
@@ -105,11 +118,14 @@ class Tenant(PageHolder):
         idle: sequences with pages and nothing pending, least recently used first.
         blocked: its oldest sequence that got no pages in the last plan; it goes first in the next.
         flatness: part of its filtered draws that needed a whole row lately (0..1).
+        ahead_credit: rows that it may waste by running ahead; below 1 it does not run ahead.
+        parked_until: number of the step before which its sequences get no lanes.
         open, tokens: its sequences (saved ones too), and their tokens with the weight of pending calls.
         stats: counters since the engine started.
     """
 
     __slots__ = (
+        "ahead_credit",
         "blocked",
         "bucket",
         "counter",
@@ -119,6 +135,7 @@ class Tenant(PageHolder):
         "last_step",
         "name",
         "open",
+        "parked_until",
         "prompts",
         "quota",
         "root",
@@ -144,6 +161,8 @@ class Tenant(PageHolder):
         self.idle: dict[int, Sequence] = {}
         self.blocked: Sequence | None = None
         self.flatness = 0.0
+        self.ahead_credit = AHEAD_CREDIT
+        self.parked_until = 0
 
     @property
     def pending(self) -> int:
@@ -160,7 +179,23 @@ class Tenant(PageHolder):
         """Whether forgetting the tenant changes nothing for it."""
         return not self.open and not self.pages and self.bucket is None
 
+    def went_on(self, rows: int) -> None:
+        """Its guests have asked for the next tokens of so many lanes."""
+        self.stats.decode_tokens += rows
+        most = AHEAD_CREDIT + AHEAD_PER_SEQUENCE * self.open
+        self.ahead_credit = min(most, self.ahead_credit + AHEAD_EARNED * rows)
+
+    def wasted(self, rows: int) -> None:
+        """Rows were computed ahead that its guests did not ask for."""
+        self.stats.wasted_tokens += rows
+        self.ahead_credit -= rows
+
     # --- limits ---------------------------------------------------------------------------------
+
+    def has_tokens(self, count: int, now: float) -> bool:
+        """Whether so many calls of one token each pass one after another."""
+        limit = self.quota.tokens_per_minute
+        return limit >= count if self.bucket is None else limit > 0 and self.bucket.level(now) >= count
 
     def over_rate(self, now: float) -> LimitMet | None:
         """Whether the minute's tokens are used up.

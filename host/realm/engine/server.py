@@ -3,15 +3,16 @@
 Run as ``python -m realm.engine.server --socket PATH --model FOLDER``; the gateway and the guest
 workers connect. It ends when the gateway's link closes, so it never outlives the host.
 
-Between two steps the loop waits a moment for the workers it has just answered
-(:meth:`EngineServer._gather`): their guests are about to call again, and one merged step costs
-much less than two halves. A worker says with each turn which reply it has handled, so the wait ends
-as soon as all have spoken, and never lasts longer than a fraction of the last step.
+While a step is on the device the loop takes in the next calls, and launches the next step before that
+one is done. It waits a moment for the workers it has just answered (:meth:`EngineServer._launch_at`). A
+worker says with each turn which reply it has handled, so the wait ends as soon as all have spoken, and
+never lasts longer than a fraction of a step.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import logging
 import os
@@ -27,12 +28,16 @@ from pathlib import Path
 import msgspec
 
 from realm.channel import ChannelClosed, listen
-from realm.engine.core import EngineCore, EngineOptions, load_engine
+from realm.engine.core import EngineCore
 from realm.engine.kv_cache import PAGE_SIZE
 from realm.engine.links import PeerLink
+from realm.engine.loading import load_engine
+from realm.engine.options import declare, read
+from realm.engine.trace import Trace
 from realm.engine.workers import MAX_WORKER
 from realm.errors import RealmError
 from realm.messages import (
+    CONTINUE,
     EngineOp,
     EngineReady,
     EngineReply,
@@ -55,6 +60,9 @@ GATHER_MAXIMUM = 0.010
 """... and at most this many, so that one worker full of busy guests cannot slow the others down."""
 
 
+BUSY_FRACTION = 0.5
+"""Part of the running step for which the next one may wait for just-answered workers."""
+
 GATHER_PATIENCE = 8
 """Waits in a row that a worker may use up. Then it is waited for again only after it has answered."""
 
@@ -74,7 +82,8 @@ class Peer:
     """One connected process.
 
     ``answered`` and ``sent`` count replies handled by it and sent to it, ``missed`` the waits for it in
-    vain. ``backlog`` are operations that came faster than the engine takes them from one worker.
+    vain. ``backlog`` are operations, and rows of calls that go on, that came faster than the engine takes
+    them from one worker.
     """
 
     link: PeerLink
@@ -83,7 +92,7 @@ class Peer:
     answered: int = 0
     missed: int = 0
     allowance: int = MAX_OPERATIONS
-    backlog: deque[EngineOp] = field(default_factory=deque)
+    backlog: deque[EngineOp | bytes] = field(default_factory=deque)
     writing: bool = False
 
 
@@ -94,7 +103,9 @@ class EngineServer:
     one, that a worker says one hello with a number that is free, and that each sends what is its own.
     """
 
-    def __init__(self, core: EngineCore, listener: socket.socket, load_seconds: float) -> None:
+    def __init__(
+        self, core: EngineCore, listener: socket.socket, load_seconds: float, trace: Trace | None = None
+    ) -> None:
         self._core = core
         self._listener = listener
         self._load_seconds = load_seconds
@@ -103,43 +114,99 @@ class EngineServer:
         self._peers: dict[int, Peer] = {}
         self._workers: dict[int, Peer] = {}
         self._gateway: Peer | None = None
-        self._last_step = 0.0
         self._stopping = False
+        self._ran_out = False
+        self._trace = core.trace = trace
+        self._most_in_flight = 2 if core.run_ahead else 1
+        self._began = self._settled_at = 0.0
+        self._done = core.runner.fileno()
+        # Whether steps go on after launch, and nothing but asking tells when they are done.
+        self._asks = False
+        if self._done >= 0:
+            self._poll.register(self._done, select.POLLIN)
 
     def run(self) -> None:
         """Serve until the gateway goes."""
         core = self._core
         while not self._stopping:
-            backlog = any(peer.backlog for peer in self._workers.values())
-            self._receive(0.0 if backlog or core.has_work() else None)
+            self._receive(self._patience())
             self._submit_backlog()
-            if not core.has_work():
-                continue
-            self._gather()
-            began = time.perf_counter()
-            results = core.step()
-            self._last_step = time.perf_counter() - began
-            for worker, ready in results.items():
-                peer = self._workers.get(worker)
-                if peer is not None:
-                    peer.sent += 1
-                    self._send(peer, EngineReply(peer.sent, ready))
+            while core.settle(False):
+                self._settled_at = time.perf_counter()
+            self._reply()
+            if self._may_launch() and time.perf_counter() >= self._launch_at():
+                self._launch()
 
-    def _gather(self) -> None:
-        """Wait until every worker has handled its last reply, or its time is over."""
-        longest = min(GATHER_MAXIMUM, max(GATHER_MINIMUM, GATHER_FRACTION * self._last_step))
-        deadline = time.perf_counter() + longest
-        while late := [p for p in self._workers.values() if p.answered < p.sent and p.missed < GATHER_PATIENCE]:
-            left = deadline - time.perf_counter()
-            if left <= 0:
-                for peer in late:
-                    peer.missed += 1
-                return
-            self._receive(left)
+    def _may_launch(self) -> bool:
+        core = self._core
+        return core.in_flight < self._most_in_flight and (core.due or (core.may_run_ahead and not self._ran_out))
+
+    def _launch(self) -> None:
+        core = self._core
+        for peer in self._workers.values():
+            if peer.answered < peer.sent:
+                peer.missed += 1
+        busy = core.in_flight > 0
+        began = time.perf_counter()
+        launched = core.launch()
+        # What may not run ahead now may do so after the next message at the earliest.
+        self._ran_out = not launched
+        if launched:
+            if not busy:
+                self._began = began
+            # A runner that computes within launch is done by now.
+            while core.settle(False):
+                self._settled_at = time.perf_counter()
+            self._asks = core.in_flight > 0 and self._done < 0
+            self._reply()
+
+    def _patience(self) -> float | None:
+        """How long to wait for messages, in seconds: for ever if there is nothing else to do."""
+        core = self._core
+        if any(peer.backlog for peer in self._workers.values()):
+            return 0.0
+        if core.in_flight and self._asks:
+            # The device has to be asked; nothing else on this thread is worth more than its next step.
+            return 0.0
+        if not self._may_launch():
+            return None
+        left = self._launch_at() - time.perf_counter()
+        return 0.0 if left <= 0 or self._asks else left
+
+    def _launch_at(self) -> float:
+        """When to launch the next step: at once if every worker has handled its last reply.
+
+        Otherwise their guests are about to call again, and one step with all of them costs much less
+        than two halves. While the device has work it may wait until half of that is done; an idle one
+        waits for a part of the last step's time.
+        """
+        if not any(peer.answered < peer.sent and peer.missed < GATHER_PATIENCE for peer in self._workers.values()):
+            return 0.0
+        if self._core.in_flight:
+            return max(self._began, self._settled_at) + BUSY_FRACTION * self._core.step_seconds
+        longest = min(GATHER_MAXIMUM, max(GATHER_MINIMUM, GATHER_FRACTION * self._core.step_seconds))
+        return self._settled_at + longest
+
+    def _reply(self) -> None:
+        """Send what has become ready."""
+        began = time.perf_counter()
+        results = self._core.take()
+        for worker, (messages, rows) in results.items():
+            peer = self._workers.get(worker)
+            if peer is not None:
+                peer.sent += 1
+                self._send(peer, EngineReply(peer.sent, messages, rows))
+        if results and self._trace is not None:
+            self._trace.span("send", began, time.perf_counter(), len(results))
 
     def _receive(self, timeout: float | None) -> None:
         """Apply what has arrived; waits up to ``timeout`` seconds (None: for ever) for something."""
-        for descriptor, events in self._poll.poll(None if timeout is None else timeout * 1000):
+        began = time.perf_counter()
+        ready = self._poll.poll(None if timeout is None else timeout * 1000)
+        if self._trace is not None and timeout != 0:
+            self._trace.span("wait", began, time.perf_counter())
+            began = time.perf_counter()
+        for descriptor, events in ready:
             if descriptor == self._listener.fileno():
                 self._accept()
                 continue
@@ -151,6 +218,8 @@ class EngineServer:
                 self._watch(peer)
             if events & ~select.POLLOUT and not peer.backlog:
                 self._read(peer)
+        if ready and self._trace is not None:
+            self._trace.span("receive", began, time.perf_counter(), len(ready))
 
     def _read(self, peer: Peer) -> None:
         try:
@@ -220,28 +289,46 @@ class EngineServer:
     def _turn(self, peer: Peer, turn: WorkerTurn) -> None:
         if peer.worker is None:
             raise _Intruder("a turn before the worker's hello")
+        self._ran_out = False
         if turn.answered > peer.answered:
             peer.answered = min(turn.answered, peer.sent)
             peer.missed = max(0, peer.missed - 1)
-        if not peer.backlog and len(turn.ops) <= peer.allowance:
-            peer.allowance -= len(turn.ops)
-            self._core.submit(peer.worker, turn.ops)
-        else:
-            peer.backlog.extend(turn.ops)
+        rows, left = divmod(len(turn.continues), CONTINUE.size)
+        if left or rows > MAX_OPERATIONS:
+            raise _Intruder(f"{len(turn.continues)} bytes of calls that go on")
+        count = len(turn.ops) + rows
+        if not peer.backlog and count <= peer.allowance:
+            peer.allowance -= count
+            self._core.submit(peer.worker, turn.ops, turn.continues)
+            return
+        if rows:
+            peer.backlog.append(turn.continues)
+        peer.backlog.extend(turn.ops)
 
     def _submit_backlog(self) -> None:
         """Take the next portion of what workers have asked; a new one is allowed for each step."""
         for worker, peer in list(self._workers.items()):
             peer.allowance = MAX_OPERATIONS
             if peer.backlog:
-                count = min(len(peer.backlog), MAX_OPERATIONS)
-                peer.allowance -= count
-                portion = [peer.backlog.popleft() for _ in range(count)]
                 try:
-                    self._core.submit(worker, portion)
+                    self._submit_portion(worker, peer)
                 except Exception:
                     log.exception("operations of worker %s could not be handled; closing its link", worker)
                     self._lost(peer)
+
+    def _submit_portion(self, worker: int, peer: Peer) -> None:
+        portion: list[EngineOp] = []
+        while peer.backlog and peer.allowance > 0:
+            first = peer.backlog.popleft()
+            if isinstance(first, bytes):
+                self._core.submit(worker, portion)
+                portion = []
+                self._core.submit(worker, [], first)
+                peer.allowance -= len(first) // CONTINUE.size
+            else:
+                portion.append(first)
+                peer.allowance -= 1
+        self._core.submit(worker, portion)
 
     def _send(self, peer: Peer, message: object) -> None:
         if not peer.link.send(message):
@@ -275,37 +362,27 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="realm.engine.server", description="Realm's engine process")
     parser.add_argument("--socket", required=True, help="Unix socket to listen on, in a private folder")
     parser.add_argument("--model", required=True, type=Path, help="model folder")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--kv-pages", type=int, default=0, help="pages of 16 tokens; 0 sizes from free memory")
-    parser.add_argument("--token-budget", type=int, default=512, help="most tokens a step")
-    parser.add_argument("--max-sequences", type=int, default=256, help="most sequences a step")
-    parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 is torch's default")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--trace", type=Path, help="record what the process does and when, into this file")
+    declare(parser)
+    parsed = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     # The terminal's Ctrl-C goes to the whole group; the supervisor decides when the engine ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     began = time.perf_counter()
     # Bound before the model is loaded, so that peers can connect and wait.
-    listener = listen(options.socket)
-    try:
-        core = load_engine(
-            options.model,
-            EngineOptions(
-                dtype=options.dtype,
-                pages=options.kv_pages,
-                token_budget=options.token_budget,
-                max_sequences=options.max_sequences,
-                threads=options.threads,
-            ),
-        )
-    except RealmError as error:
-        log.error("%s", error)
-        return 1
-    # Weights and code stay for good: keep the collector from walking them in the middle of a step.
-    gc.collect()
-    gc.freeze()
-    log.info("pid %d serves %s", os.getpid(), core.name)
-    EngineServer(core, listener, time.perf_counter() - began).run()
+    listener = listen(parsed.socket)
+    with Trace(parsed.trace, "engine") if parsed.trace else contextlib.nullcontext() as trace:
+        try:
+            core = load_engine(parsed.model, read(parsed, threaded=True))
+        except RealmError as error:
+            log.error("%s", error)
+            return 1
+        # Weights and code stay for good: keep the collector from walking them in the middle of a step.
+        gc.collect()
+        gc.freeze()
+        log.info("pid %d serves %s", os.getpid(), core.name)
+        with contextlib.closing(core):
+            EngineServer(core, listener, time.perf_counter() - began, trace).run()
     return 0
 
 

@@ -63,6 +63,8 @@ class Tenants:
                 self.forgotten.prefill_tokens += tenant.stats.prefill_tokens
                 self.forgotten.decode_tokens += tenant.stats.decode_tokens
                 self.forgotten.cached_tokens += tenant.stats.cached_tokens
+                self.forgotten.ahead_tokens += tenant.stats.ahead_tokens
+                self.forgotten.wasted_tokens += tenant.stats.wasted_tokens
                 return True
             self._tenants[name] = tenant
         return False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -46,7 +45,7 @@ class LogitsCalls:
         fuel = _PASS_FUEL * len(logits) + _SORT_FUEL * min(out.capacity, len(logits))
         run.work(fuel, partial(_most_likely, logits, out.capacity), partial(_write_candidates, run, out))
 
-    def sample(self, run: GuestRun, seq: GuestSequence, sampling: tuple[Any, ...], out: int) -> None:
+    def sample(self, run: GuestRun, seq: GuestSequence, sampling: bytes, out: int) -> None:
         logits = np.frombuffer(_logits(seq), dtype="<f4")
         decoded = decode_sampling(run, sampling)
         penalty = decoded.params.repetition_penalty

@@ -11,7 +11,7 @@ parameter          value
 ``Input``          ``bytes`` (``str`` where ``utf8``), or a list of tuples for structs
 ``Output``         :class:`Room`: pointer and capacity, inside the memory
 ``InOut``          :class:`Rows`: pointer and the structs as tuples
-``StructIn``       tuple of the fields, or None
+``StructIn``       the struct's ``bytes``, or None
 ``StructOut``      pointer, or 0
 =================  ====================================================================
 
@@ -21,7 +21,7 @@ What is copied is charged before it is read: a call that is refused has cost the
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from realm.guests import abi
@@ -99,6 +99,17 @@ def compile_steps(function: abi.Function) -> tuple[Step, ...]:
                 steps.append(_struct_out(p, at))
         at += 2 if isinstance(p, abi.Input | abi.Output | abi.InOut) else 1
     return tuple(steps)
+
+
+def joined(steps: tuple[Step, ...]) -> Callable[[GuestRun, tuple[int, ...]], Sequence[Any]]:
+    """All steps as one. Those of the calls behind every token are written out: a loop takes 0.3 us."""
+    if len(steps) == 1:
+        (a,) = steps
+        return lambda run, values: (a(run, values),)
+    if len(steps) == 4:
+        a, b, c, d = steps
+        return lambda run, values: (a(run, values), b(run, values), c(run, values), d(run, values))
+    return lambda run, values: [step(run, values) for step in steps]
 
 
 def _outside(name: str, pointer: int, size: int, run: GuestRun) -> Refused:
@@ -213,19 +224,19 @@ def _in_out(p: abi.InOut, at: int) -> Step:
 
 
 def _struct_in(p: abi.StructIn, at: int) -> Step:
-    layout = LAYOUTS[p.struct.name]
+    size = LAYOUTS[p.struct.name].size
     name, optional = p.name, p.optional
 
-    def step(run: GuestRun, values: tuple[int, ...]) -> tuple[Any, ...] | None:
+    def step(run: GuestRun, values: tuple[int, ...]) -> bytes | None:
         pointer = values[at]
         if pointer == 0:
             if optional:
                 return None
             raise Refused(ErrorCode.BAD_POINTER, f"{name} is null")
         try:
-            return run.memory.unpack(layout, pointer)
+            return run.memory.read(pointer, size)
         except OutOfBounds:
-            raise _outside(name, pointer, layout.size, run) from None
+            raise _outside(name, pointer, size, run) from None
 
     return step
 

@@ -28,6 +28,12 @@ def uniform(key: int, number: int) -> float:
     return (mix(key + number * _GOLDEN & _MASK) >> 11) * (1.0 / (1 << 53))
 
 
+def uniforms(keys: npt.NDArray[np.uint64], numbers: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
+    """:func:`uniform` of arrays [n]."""
+    bits = _mix_all(keys + numbers * np.uint64(_GOLDEN)) >> np.uint64(11)
+    return bits.astype(np.float64) * (1.0 / (1 << 53))
+
+
 def random_bits(seed: int, number: int) -> int:
     """63 bits for the guest's ``random``; a domain apart from the draws of sequences."""
     return mix(mix((seed & _MASK) ^ 0x5265616C6D) + number * _GOLDEN & _MASK) >> 1

@@ -15,7 +15,7 @@ from realm.guests.calls_logits import LogitsCalls
 from realm.guests.calls_model import ModelCalls
 from realm.guests.calls_session import SessionCalls
 from realm.guests.calls_text import TextCalls
-from realm.guests.decoding import compile_steps, value_types
+from realm.guests.decoding import compile_steps, joined, value_types
 from realm.guests.fiber_types import FUEL_SLICE, Handler
 from realm.guests.fibers import Code, Engine, LinkedModule, Linker
 from realm.guests.run import HOST_CALL_FUEL, GuestRun
@@ -31,7 +31,7 @@ class HostCalls(ModelCalls, BatchCalls, LogitsCalls, TextCalls, SessionCalls):
 def make_handler(function: abi.Function, calls: HostCalls) -> Handler:
     """Joins the decoder made from the table with the method of the same name."""
     name, suspends = function.name, function.suspends
-    steps = compile_steps(function)
+    decode = joined(compile_steps(function))
     method = getattr(calls, name)
 
     def handler(run: GuestRun, values: tuple[int, ...]) -> int | None:
@@ -44,7 +44,7 @@ def make_handler(function: abi.Function, calls: HostCalls) -> Handler:
         if suspends and run.closing is not None:
             return int(ErrorCode.CLOSED)
         try:
-            result: int | None = method(run, *[step(run, values) for step in steps])
+            result: int | None = method(run, *decode(run, values))
         except Exception as error:
             run.debt += REFUSED_FUEL
             result = run.failed(name, error)

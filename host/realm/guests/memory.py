@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from typing import Any
 
 from realm.guests.fiber_types import OutOfBounds
 
@@ -64,13 +63,6 @@ class Memory:
             raise OutOfBounds
         base = self._base
         self._window[base + pointer : base + end] = data
-
-    def unpack(self, layout: struct.Struct, pointer: int) -> tuple[Any, ...]:
-        """The fields of a struct."""
-        end = pointer + layout.size
-        if pointer < 0 or (end > self._size and end > self.size):
-            raise OutOfBounds
-        return layout.unpack_from(self._window, self._base + pointer)
 
     def pack(self, layout: struct.Struct, pointer: int, *values: float) -> None:
         """Write a struct."""

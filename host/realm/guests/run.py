@@ -21,10 +21,10 @@ from realm.guests.sequences import GuestSequence
 from realm.messages import (
     EngineOp,
     EngineResult,
+    ForwardDone,
     LimitMet,
     Log,
     OpenSequence,
-    Output,
     StartRun,
     StoreReply,
     Usage,
@@ -33,6 +33,7 @@ from realm.messages import (
 
 if TYPE_CHECKING:
     from realm.guests.runtime import GuestRuntime
+    from realm.guests.sampling_arguments import Decoded
     from realm.guests.tenants import Tenant
 
 log = logging.getLogger("realm.guests")
@@ -54,8 +55,20 @@ MESSAGE_BYTES = 64
 
 _CODES = {"model_unsupported": ErrorCode.NOT_SUPPORTED, "invalid_params": ErrorCode.INVALID_ARGUMENT}
 
-Completion = Callable[[EngineResult], "int | None"]
-"""Takes an engine's answer; gives the host function's result, or None while more are missing."""
+
+class Completion:
+    """Takes an engine's answer to one call."""
+
+    __slots__ = ()
+
+    def done(self, result: EngineResult) -> int | None:
+        """The host function's result, or None while more answers are missing."""
+        raise NotImplementedError
+
+    def drawn(self, token: int, logprob: float, cached: int, lane: int) -> int | None:
+        """The same for a row of :data:`~realm.messages.DRAWN`."""
+        return self.done(ForwardDone(0, token, logprob, cached))
+
 
 StoreCompletion = Callable[[StoreReply], int]
 
@@ -93,6 +106,8 @@ class GuestRun:
         place: which of the tenant's queues it waits in, or -1; ``slices`` are left to it before it
             has to queue with those that only compute.
         held_since: since when it waits for its tenant's fuel rate, or None.
+        held_output: emitted, but not sent yet; ``held_tokens`` goes with it. output_due: when it is to be
+            sent, or from when on more may be sent at once. All three are :mod:`outputs`' own.
     """
 
     __slots__ = (
@@ -109,7 +124,9 @@ class GuestRun:
         "deadline",
         "debt",
         "fiber",
+        "held_output",
         "held_since",
+        "held_tokens",
         "inbox",
         "inbox_bytes",
         "job",
@@ -119,6 +136,7 @@ class GuestRun:
         "memory",
         "on_wake",
         "outbox",
+        "output_due",
         "output_left",
         "place",
         "runtime",
@@ -160,6 +178,9 @@ class GuestRun:
         self.place = -1
         self.slices = 0
         self.held_since: float | None = None
+        self.held_output = bytearray()
+        self.held_tokens = 0
+        self.output_due = 0.0
         self.deadline = now + start.limits.wall_seconds
         self.timer = 0
         self.debt = 0
@@ -171,7 +192,7 @@ class GuestRun:
         self.output_left = start.limits.output_bytes
         self.streams: dict[int, DetokenizeStream] = {}
         self.unread = 0
-        self.sampling_cache: tuple[Any, Any] | None = None
+        self.sampling_cache: Decoded | None = None
         self.usage = Usage()
         self.wasi_lines: dict[int, bytes] = {}
         self._log_left = start.limits.log_bytes
@@ -191,7 +212,7 @@ class GuestRun:
         own = 0 if self.fiber is None else self.fiber.memory_bytes
         # Forks share their logits. What is left of the output keeps all of it.
         logits = {id(seq.logits): len(seq.logits) for seq in self.sequences.values() if seq.logits is not None}
-        output = memoryview(self.outbox.obj).nbytes
+        output = memoryview(self.outbox.obj).nbytes + len(self.held_output)
         return own + len(self.start.input) + self.inbox_held + output + sum(logits.values()) + self.unread
 
     @property
@@ -239,6 +260,9 @@ class GuestRun:
         self.runtime.ops.append(op)
 
     def event(self, event: WorkerEvent) -> None:
+        """Tell the gateway something, after all that was emitted before."""
+        if self.held_output:
+            self.runtime.outputs.flush(self)
         self.runtime.events.append(event)
 
     def call(self, completion: Completion) -> int:
@@ -313,8 +337,8 @@ class GuestRun:
     # --- output and log ---------------------------------------------------------------------------
 
     def send_output(self, data: bytes) -> None:
+        self.runtime.outputs.put(self, data)
         self.credit -= len(data)
-        self.event(Output(self.start.run, data, self.usage.new_tokens))
 
     def write_log(self, level: str, text: str) -> bool:
         """A line of the guest; False if the run's log is full."""

@@ -25,12 +25,14 @@ from realm.guests.fiber_types import EngineFailure, TrapInfo
 from realm.guests.fibers import Fiber
 from realm.guests.guard import MemoryGuard
 from realm.guests.helper import Helper, InlineHelper
+from realm.guests.outputs import Outputs
 from realm.guests.run import Completion, GuestRun, StoreCompletion
 from realm.guests.slices import WOKEN_SLICES, Slices
 from realm.guests.starting import Starter
 from realm.guests.tenants import READY, Schedule
 from realm.guests.timers import Timers
 from realm.messages import (
+    DRAWN,
     CancelRun,
     ClientMessage,
     Credit,
@@ -60,15 +62,17 @@ class Turn:
 
     Attributes:
         ops: for the engine, in order. events: for the gateway, in order.
+        continues: rows of :data:`~realm.messages.CONTINUE`, which the engine is to apply before ``ops``.
         busy: some guest wants to run on: take another turn soon.
-        deadline: :func:`time.monotonic` time at which a time-out is due or a tenant held back for its
-            fuel rate may go on, or None.
+        deadline: :func:`time.monotonic` time at which a time-out or held output is due, or a tenant held
+            back for its fuel rate may go on, or None.
     """
 
     ops: list[EngineOp] = field(default_factory=list)
     events: list[WorkerEvent] = field(default_factory=list)
     busy: bool = False
     deadline: float | None = None
+    continues: bytes = b""
 
 
 class GuestRuntime:
@@ -81,6 +85,7 @@ class GuestRuntime:
 
     Attributes:
         guard: keeps guests below their ceiling of memory; whoever calls in is between its ``enter`` and ``leave``.
+        ops, continues, events: what the next turn will give.
     """
 
     def __init__(
@@ -102,7 +107,9 @@ class GuestRuntime:
         self.helper: Helper = InlineHelper() if helper is None else helper
         self.guard = MemoryGuard()
         self.ops: list[EngineOp] = []
+        self.continues = bytearray()
         self.events: list[WorkerEvent] = []
+        self.outputs = Outputs(lambda output: self.events.append(output))
         self.schedule = Schedule()
         self.slices = Slices(self)
         self._starter = Starter(self)
@@ -143,6 +150,7 @@ class GuestRuntime:
         assert tickets <= set(self.slices.jobs), "a run waits for a job that is not there"
         assert len(self.slices.jobs) == len(tickets) + self._starter.loading, "a job outlives its run"
         assert self._timers.runs <= runs, "a timer outlives its run"
+        assert self.outputs.runs == {run for run in runs if run.held_output}, "held output is nobody's or is forgotten"
         for tenant in self.schedule.tenants:
             inboxes = sum(run.inbox_held for run in runs if run.tenant is tenant)
             assert tenant.inbox_bytes == inboxes, "a tenant's waiting messages are miscounted"
@@ -244,32 +252,48 @@ class GuestRuntime:
 
     def deliver(self, reply: EngineReply) -> None:
         """The engine's results; those for finished runs are dropped."""
-        calls, push = self._calls, self.schedule.woken.push
+        take = self._calls.pop
+        for call, token, logprob, cached, lane in DRAWN.iter_unpack(reply.drawn):
+            entry = take(call, None)
+            if entry is not None:
+                run, completion = entry
+                try:
+                    value = completion.drawn(token, logprob, cached, lane)
+                except Exception as error:
+                    value = self._failed(run, error)
+                if value is not None:
+                    self._answered(run, value)
         for result in reply.results:
-            entry = calls.pop(result.call, None)
-            if entry is None:
-                continue
-            run, completion = entry
-            try:
-                value = completion(result)
-            except Exception as error:
-                value = run.failed(run.last_call, error)
-                # A batch may have more calls out, whose answers now belong to nobody.
-                for call in run.calls:
-                    calls.pop(call, None)
-            if value is not None:
-                # The guest waits in one host function at a time: all its calls are answered now.
-                run.calls.clear()
-                run.slices = WOKEN_SLICES
-                run.fiber.resume(value)  # type: ignore[union-attr]
-                if run.place < 0:
-                    push(run)
+            entry = take(result.call, None)
+            if entry is not None:
+                run, completion = entry
+                try:
+                    value = completion.done(result)
+                except Exception as error:
+                    value = self._failed(run, error)
+                if value is not None:
+                    self._answered(run, value)
+
+    def _failed(self, run: GuestRun, error: Exception) -> int:
+        # A batch may have more calls out, whose answers now belong to nobody.
+        for call in run.calls:
+            self._calls.pop(call, None)
+        return run.failed(run.last_call, error)
+
+    def _answered(self, run: GuestRun, value: int) -> None:
+        # The guest waits in one host function at a time: all its calls are answered now.
+        run.calls.clear()
+        run.slices = WOKEN_SLICES
+        run.fiber.resume(value)  # type: ignore[union-attr]
+        if run.place < 0:
+            self.schedule.woken.push(run)
 
     # --- turns ------------------------------------------------------------------------------------
 
     def turn(self, now: float) -> Turn:
         """Let guests run; see the module's description. ``now`` is :meth:`clock` time."""
         schedule = self.schedule
+        self.outputs.begin(now, len(self._runs))
         self._expire(now)
         schedule.release(now)
         if self.slices.jobs:
@@ -278,13 +302,14 @@ class GuestRuntime:
             self.slices.answered(now)
         elif schedule.ready or schedule.spinning:
             self.slices.others(now)
+        self.outputs.flush_due()
         deadline = self._timers.next
-        release = schedule.next_release
-        if release is not None and (deadline is None or release < deadline):
-            deadline = release
+        for due in (schedule.next_release, self.outputs.next):
+            if due is not None and (deadline is None or due < deadline):
+                deadline = due
         busy = schedule.runnable or bool(self.slices.jobs and self.helper.immediate)
-        turn = Turn(self.ops, self.events, busy, deadline)
-        self.ops, self.events = [], []
+        turn = Turn(self.ops, self.events, busy, deadline, bytes(self.continues))
+        self.ops, self.continues, self.events = [], bytearray(), []
         return turn
 
     def answer(self, run: GuestRun, work: Callable[[], int | None], place: int) -> None:
@@ -412,6 +437,7 @@ class GuestRuntime:
             fiber.close()
         usage.wall_seconds = now - run.started
         run.forget()
+        self.outputs.flush(run)
         self.ops.append(EndRun(number))
         self.events.append(RunFinished(number, outcome, code, error, usage))
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from array import array
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from realm.guests.abi import CONSTANTS, ErrorCode
-from realm.guests.decoding import Refused
+from realm.guests.decoding import LAYOUTS, Refused
 from realm.guests.deferral import COPY_FUEL
 from realm.guests.fiber_types import OutOfBounds
 from realm.guests.run import GuestRun
@@ -19,6 +19,7 @@ LOGPROB = CONSTANTS["SAMPLE_LOGPROB"][0]
 KEEP_LOGITS = CONSTANTS["SAMPLE_KEEP_LOGITS"][0]
 SEED = CONSTANTS["SAMPLE_SEED"][0]
 MAX_BIAS = 4096
+_SAMPLING = LAYOUTS["realm_sampling"]
 _SMALL = 64
 _BIAS_FUEL = 64
 """Fuel an entry of a bias: 8 bytes that are looked over and copied more than once."""
@@ -39,41 +40,45 @@ def check_tokens(run: GuestRun, tokens: bytes, name: str) -> None:
 
 
 class Decoded(NamedTuple):
-    """A checked ``realm_sampling``; ``params`` lacks its draw."""
+    """A checked ``realm_sampling``; ``params`` lacks its draw. ``raw``: its bytes, unless it points to more."""
 
     params: SamplingParams
     keep_logits: bool
     seed: int | None
+    raw: bytes | None
 
 
 def with_draw(seq: GuestSequence, decoded: Decoded) -> SamplingParams:
     """The parameters of one draw. Each uses up one number of the sequence, greedy or not."""
     p = decoded.params
+    number = seq.draws
+    seq.draws = number + 1
     if p.temperature == 0:
-        seq.draws += 1
         return p
-    uniform = seq.draw(decoded.seed)
     return SamplingParams(
         p.temperature,
         p.top_k,
         p.top_p,
         p.min_p,
         p.repetition_penalty,
-        uniform,
+        0.0,
         p.mask,
         p.bias_tokens,
         p.bias_values,
         p.logprob,
+        seq.draw_key(decoded.seed),
+        number,
     )
 
 
-def decode_sampling(run: GuestRun, raw: tuple[Any, ...]) -> Decoded:
+def decode_sampling(run: GuestRun, raw: bytes) -> Decoded:
     """Check a ``realm_sampling`` and what it points to."""
     cached = run.sampling_cache
-    if cached is not None and cached[0] == raw:
-        result: Decoded = cached[1]
-        return result
-    temperature, top_p, min_p, penalty, top_k, flags, seed, mask_at, bias_at, mask_words, bias_count = raw
+    if cached is not None and cached.raw == raw:
+        return cached
+    temperature, top_p, min_p, penalty, top_k, flags, seed, mask_at, bias_at, mask_words, bias_count = _SAMPLING.unpack(
+        raw
+    )
     # Comparisons are false for NaN, so each range refuses it too.
     _range("temperature", temperature, 0.0, 100.0)
     _range("top_p", top_p, 0.0, 1.0)
@@ -100,10 +105,11 @@ def decode_sampling(run: GuestRun, raw: tuple[Any, ...]) -> Decoded:
         bias_values,
         bool(flags & LOGPROB),
     )
-    decoded = Decoded(params, bool(flags & KEEP_LOGITS), seed if flags & SEED else None)
-    if not mask_at and not bias_count:
-        # What lies behind pointers may change between calls; plain values do not.
-        run.sampling_cache = (raw, decoded)
+    # What lies behind pointers may change between calls; plain values do not.
+    plain = not mask_at and not bias_count
+    decoded = Decoded(params, bool(flags & KEEP_LOGITS), seed if flags & SEED else None, raw if plain else None)
+    if plain:
+        run.sampling_cache = decoded
     return decoded
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from realm.guests import draws
 from realm.messages import SamplingParams
 
 Floats = npt.NDArray[np.float64]
@@ -82,7 +83,8 @@ def draw_token(
         cumulative = np.cumsum(filtered_probabilities(adjusted, params))
         total = float(cumulative[-1])
         # A product rounded up to the total must not run past the last token of weight.
-        target = min(params.uniform * total, float(np.nextafter(total, 0.0)))
+        uniform = params.uniform if params.number < 0 else draws.uniform(params.key, params.number)
+        target = min(uniform * total, float(np.nextafter(total, 0.0)))
         token = int(np.searchsorted(cumulative, target, side="right"))
     logprob = float(log_probabilities(logits, np.array([token]))[0]) if params.logprob else float("nan")
     return token, logprob

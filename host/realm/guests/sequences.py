@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from array import array
+from typing import TYPE_CHECKING
 
-from realm.guests.draws import stream_key, uniform
+from realm.guests.draws import stream_key
+
+if TYPE_CHECKING:
+    from realm.guests.calls_model import ForwardAnswer
 
 
 class GuestSequence:
@@ -18,9 +22,18 @@ class GuestSequence:
         logits: the kept logits, float32 bytes of vocab entries, or None.
         draws: numbers of its random stream that are used up.
         unknown: leading tokens whose values this worker does not know (it was opened by name).
+        lane: what the engine has to be told to go on with this sequence by a row of
+            :data:`~realm.messages.CONTINUE`, or -1 when something else was asked of it since.
+        going: the ``realm_sampling`` of its last call where a row can repeat it, else None.
+        answer: takes the engine's answer to a ``forward``; made by the first one.
     """
 
-    __slots__ = ("_frozen", "_key", "_tail", "draws", "handle", "id", "length", "logits", "sampled", "unknown")
+    # fmt: off
+    __slots__ = (
+        "_frozen", "_key", "_tail", "answer", "draws", "going", "handle", "id", "lane", "length", "logits", "sampled",
+        "unknown",
+    )
+    # fmt: on
 
     def __init__(self, id: int, seed: int, ordinal: int) -> None:
         self.id = id
@@ -31,6 +44,9 @@ class GuestSequence:
         self.unknown = 0
         self._key = stream_key(seed, ordinal)
         self.draws = 0
+        self.lane = -1
+        self.going: bytes | None = None
+        self.answer: ForwardAnswer | None = None
         # Tokens: pieces shared with forks, then the own ones.
         self._frozen: tuple[bytes, ...] = ()
         self._tail = array("I")
@@ -52,13 +68,14 @@ class GuestSequence:
             self.unknown = min(self.unknown, length)
         self.length = length
         self.logits = None
-        self.sampled = -1
+        self.sampled = self.lane = -1
 
     def fork(self, id: int, seed: int, ordinal: int) -> GuestSequence:
         """A copy with its own draws. Tokens and logits are shared, not copied."""
         if self._tail:
             self._frozen += (self._tail.tobytes(),)
             self._tail = array("I")
+        self.lane = -1
         child = GuestSequence(id, seed, ordinal)
         child.length = self.length
         child.sampled = self.sampled
@@ -72,8 +89,6 @@ class GuestSequence:
         """All known tokens (after the first ``unknown``), uint32 bytes."""
         return b"".join((*self._frozen, self._tail.tobytes()))
 
-    def draw(self, seed: int | None) -> float:
-        """The next number in [0, 1); ``seed`` in place of the run's seed."""
-        number = self.draws
-        self.draws = number + 1
-        return uniform(self._key if seed is None else stream_key(seed, 0), number)
+    def draw_key(self, seed: int | None) -> int:
+        """The key of its draws (:func:`~realm.guests.draws.uniform`); ``seed`` in place of the run's seed."""
+        return self._key if seed is None else stream_key(seed, 0)

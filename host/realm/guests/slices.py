@@ -173,9 +173,10 @@ class Slices:
                 if over and not self._account(run, fiber):
                     return False
                 if state is FiberState.WAITING:
-                    if run.job is None:
-                        return False
-                    if not self._work(run, fiber):
+                    if run.job is None or not self._work(run, fiber):
+                        if run.held_output and not run.calls:
+                            # It waits for something that may depend on what it emitted.
+                            self._runtime.outputs.flush(run)
                         return run.job is not None
                     if not over:
                         continue

@@ -13,6 +13,7 @@ import select
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ import msgspec
 
 from realm import sandbox
 from realm.channel import BlockingChannel, ChannelClosed, connect
+from realm.engine.trace import Trace
 from realm.errors import RealmError
 from realm.guests.facts import ModelFacts
 from realm.guests.guard import MemoryGuard
 from realm.guests.helper import HelperThread
 from realm.guests.runtime import GuestRuntime, Turn, tune_collector, tune_switching
 from realm.messages import (
+    CONTINUE,
     CancelRun,
     ClientMessage,
     Credit,
@@ -66,8 +69,10 @@ class GuestWorker:
         gateway: BlockingChannel[Any],
         helper: HelperThread | None = None,
         ceiling: sandbox.Ceiling | None = None,
+        trace: Trace | None = None,
     ) -> None:
         self._runtime = runtime
+        self._trace = trace
         self._engine = engine
         self._gateway = gateway
         self._ceiling: sandbox.Ceiling = ceiling or sandbox.NoCeiling()
@@ -75,6 +80,7 @@ class GuestWorker:
         self._answered = self._told = 0
         self._stopping = False
         self._pinged = False
+        self._ready: list[int] = []
         self._poll = select.poll()
         self._poll.register(engine.fileno(), select.POLLIN)
         self._poll.register(gateway.fileno(), select.POLLIN)
@@ -85,14 +91,39 @@ class GuestWorker:
 
     def run(self) -> None:
         """Serve until told to stop. Raises :class:`ChannelClosed` when a link is gone."""
+        serve = self._serve if self._trace is None else partial(self._serve_traced, self._trace)
         turn = Turn()
         while not self._stopping:
-            self._wait(turn)
-            replied = self._receive()
-            turn = self._turn(time.monotonic())
-            self._send(turn, replied)
+            turn = serve(turn)
         self._runtime.close()
         self._send(self._runtime.turn(time.monotonic()), False)
+
+    def _serve(self, turn: Turn) -> Turn:
+        """Once around, after ``turn``; the next one."""
+        self._wait(turn)
+        replied = self._receive()
+        turn = self._turn(time.monotonic())
+        self._send(turn, replied)
+        return turn
+
+    def _serve_traced(self, trace: Trace, turn: Turn) -> Turn:
+        """The same with spans of its parts. Their values: calls that wait, guests, calls and other operations."""
+        clock = time.perf_counter
+        began = clock()
+        waits = not turn.busy
+        self._wait(turn)
+        waited = clock()
+        if waits:
+            trace.span("wait", began, waited)
+        replied = self._receive()
+        received = clock()
+        trace.span("receive", waited, received, self._runtime.pending_calls)
+        turn = self._turn(time.monotonic())
+        turned = clock()
+        trace.span("turn", received, turned, self._runtime.live)
+        self._send(turn, replied)
+        trace.span("send", turned, clock(), len(turn.ops) + len(turn.continues) // CONTINUE.size)
+        return turn
 
     def _turn(self, now: float) -> Turn:
         """Let guests run. Messages of the host's own need memory that guests do not get."""
@@ -111,18 +142,23 @@ class GuestWorker:
                     self._runtime.relieve(self._ceiling.most)
 
     def _wait(self, turn: Turn) -> None:
-        if turn.busy:
-            return
+        """Wait until something has arrived or is due. Not at all when guests want to run on."""
         timeout = None
-        if turn.deadline is not None:
+        if turn.busy or self._engine.waiting or self._gateway.waiting:
+            timeout = 0
+        elif turn.deadline is not None:
             # Rounded up: a wait that ends just before its time-out would only be repeated.
             timeout = max(0, int((turn.deadline - time.monotonic()) * 1000) + 1)
-        self._poll.poll(timeout)
+        self._ready = [descriptor for descriptor, _ in self._poll.poll(timeout)]
 
     def _receive(self) -> bool:
         """Apply what has arrived; True if the engine has replied."""
-        for message in self._gateway.receive():
-            self._apply(message)
+        # A read of a link that has nothing costs more than all that asks whether it has.
+        if self._gateway.waiting or self._gateway.fileno() in self._ready:
+            for message in self._gateway.receive():
+                self._apply(message)
+        if not (self._engine.waiting or self._engine.fileno() in self._ready):
+            return False
         replies = self._engine.receive()
         for reply in replies:
             self._runtime.deliver(reply)
@@ -153,12 +189,14 @@ class GuestWorker:
                 self._pinged = True
 
     def _send(self, turn: Turn, replied: bool) -> None:
-        if turn.ops or replied:
+        if turn.ops or turn.continues or replied:
             *parts, last = split(turn.ops)
+            continues = turn.continues
             for part in parts:
                 # Only the last part says that the guests of this reply have had their chance.
-                self._engine.send(WorkerTurn(part, self._told))
-            self._engine.send(WorkerTurn(last, self._answered))
+                self._engine.send(WorkerTurn(part, self._told, continues))
+                continues = b""
+            self._engine.send(WorkerTurn(last, self._answered, continues))
             self._told = self._answered
         if turn.events or self._pinged:
             self._pinged = False
@@ -216,6 +254,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--memory-limit", type=int, default=sandbox.MEMORY_BYTES, help="bytes for itself and all its guests together"
     )
+    parser.add_argument("--trace", type=Path, help="file for the spans of its time (realm.engine.trace)")
     parser.add_argument("--standby", action="store_true", help="load all, then connect when a line comes on stdin")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
@@ -228,6 +267,11 @@ def main(arguments: list[str] | None = None) -> int:
         facts = ModelFacts.load(options.model, bos=tokenizer.bos, eos=tokenizer.eos)
     except RealmError as error:
         log.error("%s", error)
+        return 1
+    try:
+        trace = Trace(options.trace, f"worker {options.worker}") if options.trace else None
+    except OSError as error:
+        log.error("the trace cannot be written: %s", error)
         return 1
     runtime = GuestRuntime(options.worker, tokenizer, facts)
     hello = WorkerHello(options.worker, os.getpid())
@@ -245,7 +289,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         helper = HelperThread()
         try:
-            GuestWorker(runtime, engine, gateway, helper, ceiling).run()
+            GuestWorker(runtime, engine, gateway, helper, ceiling, trace).run()
         finally:
             helper.close()
     except (ChannelClosed, OSError) as error:
@@ -258,6 +302,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     finally:
         runtime.close()
+        if trace is not None:
+            trace.close()
     return 0
 
 

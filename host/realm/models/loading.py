@@ -1,4 +1,7 @@
-"""Weights of a model folder: safetensors files, one or sharded, mapped and checked by name and shape."""
+"""Weights of a model folder: safetensors files, one or sharded, mapped and checked by name and shape.
+
+Or, for measuring, weights of the right shapes made up where they are used.
+"""
 
 from __future__ import annotations
 
@@ -87,6 +90,10 @@ def load_weights(
 ) -> dict[str, torch.Tensor]:
     """All weights of the model, in ``dtype`` on ``device``.
 
+    Files are mapped, and tensors taken to the device one by one: main memory never holds a copy of more
+    than one of them on the way to a GPU (nor on the way to the CPU, where a tensor of the right dtype
+    stays a view of the file).
+
     Raises:
         RealmError: ``model_invalid`` naming the first tensor that is missing or has a wrong shape.
     """
@@ -115,4 +122,32 @@ def load_weights(
                         progress(len(weights), len(shapes))
         except (OSError, SafetensorError) as error:
             raise RealmError("model_invalid", f"{file.name} cannot be read: {error}") from error
+    return weights
+
+
+def random_weights(
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, torch.Tensor]:
+    """Weights as :func:`load_weights` gives them, made up on ``device``: the same for the same seed and device.
+
+    Matrices are normal with a standard deviation of 0.02 (as the published models were before training),
+    norms are ones and biases zeros, so activations stay in range.
+    """
+    shapes = expected_shapes(config)
+    generator = torch.Generator(device).manual_seed(seed)
+    weights: dict[str, torch.Tensor] = {}
+    for name, shape in shapes.items():
+        if name.endswith("norm.weight"):
+            weights[name] = torch.ones(shape, dtype=dtype, device=device)
+        elif name.endswith(".bias"):
+            weights[name] = torch.zeros(shape, dtype=dtype, device=device)
+        else:
+            weights[name] = torch.empty(shape, dtype=dtype, device=device).normal_(0.0, 0.02, generator=generator)
+        if progress:
+            progress(len(weights), len(shapes))
     return weights

@@ -13,7 +13,8 @@ import zlib
 from pathlib import Path
 from random import Random
 
-from realm.engine.core import EngineCore, EngineOptions, load_engine
+from realm.engine.core import EngineCore
+from realm.engine.loading import EngineOptions, load_engine
 from realm.guests.abi import ErrorCode
 from realm.guests.facts import ModelFacts
 from realm.guests.runtime import GuestRuntime

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from realm.engine.batch import Longs
 from realm.engine.kv_cache import PAGE_SIZE
 
 GROUP_RATIO = 1.5
@@ -35,12 +36,12 @@ GROUP_SLACK = 4
 
 
 @dataclass(frozen=True)
-class SequenceRows:
-    """One sequence's part of a flat batch: ``count`` rows; ``length`` tokens in all after the step."""
+class ChunkRows:
+    """A sequence's new tokens, at positions ``start`` up to ``length``; ``pages`` hold it at least as far as that."""
 
-    count: int
+    start: int
     length: int
-    pages: list[int]
+    pages: Longs
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,7 @@ class KvCache:
 
     def copy(self, pairs: list[tuple[int, int]]) -> None:
         """Copy whole pages, (source, destination); destinations are distinct."""
-        source = torch.tensor([pair[0] for pair in pairs])
-        destination = torch.tensor([pair[1] for pair in pairs])
+        source, destination = torch.tensor(pairs).unbind(1)
         for layer in self.layers:
             # The right side is gathered before anything is written.
             layer[:, :, destination] = layer[:, :, source]
@@ -99,15 +99,10 @@ class KvCache:
         for layer in self.layers:
             layer.view(torch.int16).numpy()[:, :, pages] = 0
 
-    def pieces(self, table: np.ndarray) -> Tensor:
+    def pieces(self, table: Longs) -> Tensor:
         """Indices of head-pages for a table of pages [sequences, n]: [2 * sequences * kv_heads * n]."""
         pieces = self.offsets[:, None, :, None] + table[None, :, None, :]
         return torch.from_numpy(pieces.reshape(-1))
-
-
-def decode_order(lengths: list[int]) -> list[int]:
-    """Order in which decoding sequences should lie in the batch: by length, so groups are runs."""
-    return sorted(range(len(lengths)), key=lengths.__getitem__)
 
 
 def _hide(hidden: Tensor, dtype: torch.dtype) -> Tensor:
@@ -118,60 +113,56 @@ def _hide(hidden: Tensor, dtype: torch.dtype) -> Tensor:
 class PagedAttention:
     """Attention of one step. Built once a step; called once a layer by the model."""
 
-    def __init__(self, cache: KvCache, rows: list[SequenceRows], dtype: torch.dtype) -> None:
-        """``rows`` in batch order: first those of one row, ascending in length, then the others."""
+    def __init__(
+        self, cache: KvCache, lengths: Longs, tables: Longs, chunks: list[ChunkRows], dtype: torch.dtype
+    ) -> None:
+        """Rows of the batch: first one of each decoding sequence, then those of the chunks.
+
+        Args:
+            lengths: [n], ascending: tokens of each decoding sequence after the step.
+            tables: [n, width]: their pages; a row is valid as far as its length.
+        """
         self._cache = cache
         self._dtype = dtype
         self._groups: list[_DecodeGroup] = []
         self._prefills: list[_Prefill] = []
-        decodes = 0
-        while decodes < len(rows) and rows[decodes].count == 1:
-            decodes += 1
+        decodes = len(lengths)
+        used = -(-lengths // PAGE_SIZE)
         at = 0
         while at < decodes:
-            at = self._add_group(rows, at, decodes)
+            at = self._add_group(lengths, used, tables, at)
         row = decodes
-        for part in rows[decodes:]:
-            self._prefills.append(self._prefill(part, row))
-            row += part.count
-        positions = [np.arange(part.length - part.count, part.length) for part in rows]
-        pages = [
-            np.asarray(part.pages, dtype=np.int64)[position // PAGE_SIZE]
-            for part, position in zip(rows, positions, strict=True)
-        ]
+        for chunk in chunks:
+            self._prefills.append(self._prefill(chunk, row))
+            row += chunk.length - chunk.start
+        positions = [lengths - 1, *(np.arange(chunk.start, chunk.length) for chunk in chunks)]
+        pages = [tables[np.arange(decodes), used - 1]]
+        pages += [chunk.pages[of // PAGE_SIZE] for chunk, of in zip(chunks, positions[1:], strict=True)]
         flat = np.concatenate(positions)
         self.positions = torch.from_numpy(flat)
         self._slots = torch.from_numpy(np.concatenate(pages) * PAGE_SIZE + flat % PAGE_SIZE)
 
-    def _add_group(self, rows: list[SequenceRows], first: int, end: int) -> int:
-        """Add the decode group that starts at ``first``; returns where the next one starts."""
-        shortest = -(-rows[first].length // PAGE_SIZE)
-        limit = max(shortest * GROUP_RATIO, shortest + GROUP_SLACK)
-        last = first
-        while last < end and -(-rows[last].length // PAGE_SIZE) <= limit:
-            last += 1
-        longest = -(-rows[last - 1].length // PAGE_SIZE)
-        table = np.full((last - first, longest), self._cache.empty, dtype=np.int64)
-        lengths = np.empty((last - first, 1), dtype=np.int64)
-        for index, part in enumerate(rows[first:last]):
-            used = -(-part.length // PAGE_SIZE)
-            table[index, :used] = part.pages[:used]
-            lengths[index, 0] = part.length
-        hidden = torch.from_numpy(np.arange(longest * PAGE_SIZE) >= lengths)
+    def _add_group(self, lengths: Longs, used: Longs, tables: Longs, first: int) -> int:
+        """Add the decode group that starts at row ``first``; returns where the next one starts."""
+        limit = max(used[first] * GROUP_RATIO, used[first] + GROUP_SLACK)
+        last = int(used.searchsorted(limit, "right"))
+        longest = int(used[last - 1])
+        padding = np.arange(longest) >= used[first:last, None]
+        table = np.where(padding, self._cache.empty, tables[first:last, :longest])
+        hidden = torch.from_numpy(np.arange(longest * PAGE_SIZE) >= lengths[first:last, None])
         kv_heads = self._cache.offsets.shape[1]
         mask = _hide(hidden, self._dtype).repeat_interleave(kv_heads, dim=0).unsqueeze(1)
         self._groups.append(_DecodeGroup(first, last, self._cache.pieces(table), mask))
         return last
 
-    def _prefill(self, part: SequenceRows, row: int) -> _Prefill:
-        used = -(-part.length // PAGE_SIZE)
+    def _prefill(self, chunk: ChunkRows, row: int) -> _Prefill:
+        used = -(-chunk.length // PAGE_SIZE)
         mask = None
-        if part.count < part.length:
-            start = part.length - part.count
-            ahead = torch.arange(part.length) > torch.arange(start, part.length).unsqueeze(1)
+        if chunk.start:
+            ahead = torch.arange(chunk.length) > torch.arange(chunk.start, chunk.length).unsqueeze(1)
             mask = _hide(ahead, self._dtype)
-        pieces = self._cache.pieces(np.asarray(part.pages[:used], dtype=np.int64)[None, :])
-        return _Prefill(row, row + part.count, pieces, part.length, mask)
+        pieces = self._cache.pieces(chunk.pages[None, :used])
+        return _Prefill(row, row + chunk.length - chunk.start, pieces, chunk.length, mask)
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See :class:`realm.models.llama.Attention`."""

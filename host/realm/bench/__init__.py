@@ -1,0 +1,1 @@
+"""Benchmarks of a whole host, for ``realm bench``."""

@@ -1,0 +1,52 @@
+"""Which batch sizes have a graph of their own: few enough to capture, close enough to waste little."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from typing import NamedTuple
+
+from realm.engine.batch import Draws
+
+_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
+
+
+def bucket_sizes(lanes: int) -> list[int]:
+    """Batch sizes to capture for up to ``lanes`` rows, ascending; ``lanes`` is the last.
+
+    Above 256 they are an eighth to a quarter apart: a matrix product's time grows in steps of its tiles.
+    """
+    sizes = [size for size in _SIZES if size < lanes]
+    size = _SIZES[-1]
+    while size < lanes:
+        sizes += [size] if size > sizes[-1] else []
+        size += max(64, 1 << (size.bit_length() - 3))
+    return [*sizes, lanes]
+
+
+def fit(sizes: list[int], rows: int) -> int:
+    """The least of ``sizes`` that holds ``rows``."""
+    return sizes[bisect_left(sizes, rows)]
+
+
+class Variant(NamedTuple):
+    """What a step's draws need: each combination is a graph of its own, so that no step pays for others.
+
+    Attributes:
+        greedy: every row takes the most likely token. filtered: some row has a top-k, top-p or min-p.
+        masked: some row has a mask. logprobs: some row asks for its log-probability.
+    """
+
+    greedy: bool
+    filtered: bool
+    masked: bool
+    logprobs: bool
+
+    @classmethod
+    def of(cls, draws: Draws) -> Variant:
+        """What ``draws`` need. A greedy step has no filters: they keep the most likely token."""
+        greedy = draws.greedy
+        return cls(greedy, not greedy and draws.filtered, bool(draws.masks), bool(draws.logprob.any()))
+
+
+COMMON = (Variant(True, False, False, False), Variant(False, False, False, False))
+"""Captured at the start; the others when they are first needed."""

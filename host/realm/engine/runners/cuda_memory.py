@@ -1,0 +1,59 @@
+"""How much memory a CUDA runner takes besides weights and KV pages."""
+
+from __future__ import annotations
+
+import torch
+
+from realm.engine.kernels.sampling import DeviceSampler
+from realm.engine.kv_cache import PAGE_SIZE
+from realm.engine.runners.cuda_buckets import COMMON, bucket_sizes
+from realm.models.config import ModelConfig
+
+MOST_PARTS = 4096
+"""Decoding rows times the parts of their contexts; bounds the memory in which the parts meet."""
+
+GRAPH_TOKENS = 2048
+"""Tokens of chunks up to which a step is captured; with more, the device takes longer than the launches."""
+
+MOST_CHUNK_GRAPHS = 64
+"""Graphs of steps with chunks that are kept; kinds of steps that come later do without."""
+
+LIBRARIES = 192 << 20
+"""Workspaces of cuBLAS, and the code of its kernels and of ours."""
+
+GRAPH_BYTES_PER_LAYER = 64 << 10
+"""What the driver keeps of a captured graph: some KiB for each of a layer's kernels."""
+
+
+def block_bytes(config: ModelConfig, token_budget: int, rows: int) -> int:
+    """Bytes that hold the inputs of any step of up to ``rows`` output rows and ``token_budget`` tokens of chunks.
+
+    An input token takes up to 32 bytes and may be filled up to twice as many; an output row takes 48 with its
+    draw, its mask and its page table besides.
+    """
+    table = 4 * -(-config.context_length // PAGE_SIZE)
+    mask = 4 * -(-config.vocab_size // 32)
+    return (token_budget + rows) * 64 + rows * (128 + 2 * table + mask) + (1 << 16)
+
+
+def activation_bytes(config: ModelConfig, dtype: torch.dtype, token_budget: int, lanes: int) -> int:
+    """An upper estimate, in bytes, of all that a runner allocates on its device besides weights and KV pages.
+
+    The arguments are those of :class:`realm.engine.runners.cuda.CudaRunner`.
+    """
+    rows = max(1, lanes // 2)
+    heads = config.heads * config.head_dim
+    qkv = heads + 2 * config.kv_heads * config.head_dim
+    # A layer's live tensors at the widest: the residual stream, its norm, both results, and the gated pair.
+    widest = 4 * config.hidden_size + heads + qkv + 3 * config.intermediate_size
+    chunks = (token_budget + rows) * widest * dtype.itemsize
+    # The graphs' pool: the largest one's, and what smaller ones could not use again.
+    captured = 2 * (rows + min(token_budget, GRAPH_TOKENS)) * widest * dtype.itemsize
+    logits = rows * config.vocab_size * (dtype.itemsize + 4)
+    parts = max(MOST_PARTS, rows) * config.heads * (config.head_dim + 2) * 4
+    graphs = (MOST_CHUNK_GRAPHS + len(bucket_sizes(rows)) * len(COMMON)) * config.layers * GRAPH_BYTES_PER_LAYER
+    static = block_bytes(config, token_budget, rows) + rows * (
+        4 * -(-config.context_length // PAGE_SIZE) + 4 * -(-config.vocab_size // 32)
+    )
+    sampler = DeviceSampler.bytes_needed(config.vocab_size, rows)
+    return chunks + captured + logits + parts + graphs + static + sampler + LIBRARIES
