@@ -4,11 +4,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-.PHONY: help demo test fuzz lint types venv guests check-guests bench clean
+.PHONY: help demo test test-gpu fuzz lint types venv guests check-guests bench clean
 
 help:
 	@echo "make demo    three tenants' guests on one real model, side by side"
 	@echo "make test    the whole test suite"
+	@echo "make test-gpu  what needs an NVIDIA GPU"
 	@echo "make fuzz    attacks made at random for ten minutes (FUZZ_SECONDS=600 FUZZ_SEED=1)"
 	@echo "make lint    ruff        make types   mypy"
 	@echo "make guests  rebuild the guests' .wasm with zig"
@@ -33,6 +34,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest tests/gpu
 
 # Binaryen's fuzzer is an npm package; where npm is missing, the report says that it was left out.
 FUZZ_SECONDS ?= 600
@@ -60,8 +64,13 @@ check-guests: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.bench_guests
+	$(BIN)/python -m tests.benchmarks.bench_host_calls
+	$(BIN)/python -m tests.benchmarks.bench_worker_tokens
+	$(BIN)/python -m tests.benchmarks.bench_engine_loop
 	$(BIN)/python -m tests.benchmarks.gateway_frames
 	$(BIN)/python -m tests.benchmarks.bench_serving
+	$(BIN)/python -m tests.benchmarks.bench_start
+	$(BIN)/python -m tests.benchmarks.bench_recovery
 
 clean:
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

@@ -6,9 +6,11 @@ triton is imported, and other libraries import it too.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 from triton import knobs
+from triton import language as tl
 from triton.runtime import interpreter
 
 assert knobs.runtime.interpret, "triton was imported without TRITON_INTERPRET=1"
@@ -23,3 +25,28 @@ def _patch_tensor_and_index(tensor: Any, scope: Any) -> None:
 
 
 interpreter._patch_lang_tensor = _patch_tensor_and_index
+
+_patch_language = interpreter._patch_lang
+_patched = False
+
+
+def _patch_language_once(function: Any) -> Any:
+    """Patch triton's language for a kernel and all that it calls.
+
+    Triton does it anew, on top of what it did before, at each call of one function by another: most of the time.
+    """
+    global _patched
+    if _patched:
+        return SimpleNamespace(restore=lambda: None)
+    _patched = True
+    scope = _patch_language(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+
+    def restore() -> None:
+        global _patched
+        _patched = False
+        scope.restore()
+
+    return SimpleNamespace(restore=restore)
+
+
+interpreter._patch_lang = _patch_language_once

@@ -49,10 +49,15 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make_model(folder: Path, variant: str = "llama-tied", seed: int = 0) -> transformers.PreTrainedModel:
-    """Write a random model to ``folder`` and return transformers' model of it, float32."""
-    family, changes = VARIANTS[variant]
-    config = getattr(transformers, f"{family}Config")(**{**SHAPE, **changes})
+def make_model(
+    folder: Path, variant: str = "llama-tied", seed: int = 0, **changes: Any
+) -> transformers.PreTrainedModel:
+    """Write a random model to ``folder`` and return transformers' model of it, float32.
+
+    ``changes`` are fields of transformers' configuration beside those of the variant.
+    """
+    family, own = VARIANTS[variant]
+    config = getattr(transformers, f"{family}Config")(**{**SHAPE, **own, **changes})
     torch.manual_seed(seed)
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     with torch.no_grad():

@@ -138,17 +138,23 @@ def test_prefill_as_the_engine_launches_it(contexts: list[int], counts: list[int
     check_prefill(case, max(counts))
 
 
-def check_prefill(case: Case, longest: int) -> None:
-    queries, _, _ = rotated(case)
-    expected, cache = attended(case), stored(case)
+def prefill(case: Case, longest: int) -> torch.Tensor:
+    """Store the case's keys and values, and attend."""
     slots, positions = case.ints(case.slots, torch.int64), case.ints(case.positions)
     rope_and_store(case.qkv, case.cos, case.sin, positions, slots, case.cache)
     starts = [sum(case.counts[:index]) for index in range(len(case.counts) + 1)]
-    width = case.shape.heads * case.shape.dim
-    out = case.qkv.new_full((len(case.qkv), width), float("nan"))
+    out = case.qkv.new_full((len(case.qkv), case.shape.heads * case.shape.dim), float("nan"))
     attention_prefill(
         case.qkv, case.cache, case.tables, case.ints(starts), case.ints(case.contexts), out, longest=longest
     )
+    return out
+
+
+def check_prefill(case: Case, longest: int) -> None:
+    queries, _, _ = rotated(case)
+    expected, cache = attended(case), stored(case)
+    out = prefill(case, longest)
+    width = case.shape.heads * case.shape.dim
     assert_near(case.qkv[:, :width], queries.flatten(1), case.qkv.dtype)
     assert_near(case.cache, cache, case.qkv.dtype)
     assert_near(out, expected, case.qkv.dtype)
@@ -202,3 +208,16 @@ def test_skinny_linear(dtype: torch.dtype, inner: int, width: int, gain: bool, g
         add=add,
     )
     assert_near(linear.out, expected, dtype)
+
+
+def test_pages_beyond_two_thousand_million_elements() -> None:
+    """Offsets into a cache of tens of gigabytes do not fit 32 bits."""
+    case = make_case(LLAMA_1B, [700, 16, 0, 3000], [1, 1, 1, 1], dtype=torch.bfloat16, device="cuda", spare=300_000)
+    assert case.cache[0].numel() > 2**31
+    expected = attended(case)
+    decode = Decode(case, 8)
+    decode()
+    decode.check(expected)
+    case = make_case(LLAMA_1B, [700, 16, 0], [40, 1, 130], dtype=torch.bfloat16, device="cuda", spare=300_000)
+    expected = attended(case)
+    assert_near(prefill(case, 130), expected, torch.bfloat16)

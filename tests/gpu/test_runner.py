@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from triton.runtime.jit import JITFunction
 
 from realm.engine.batch import LAST_DRAWN, StepBatch
 from realm.engine.runners.cuda import RING, CudaRunner
@@ -145,6 +146,27 @@ def test_draws_are_those_of_the_host(runner: CudaRunner, rows: list[int], chunks
     expected = draw_batch(torch.from_numpy(result.logits), step.draws)
     assert result.tokens.tolist() == list(expected.tokens)
     np.testing.assert_allclose(result.logprobs, np.array(expected.logprobs, np.float32), rtol=1e-4)
+
+
+def test_no_step_compiles_a_kernel(runner: CudaRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All are compiled at the start, whatever a step asks for: to compile takes seconds."""
+
+    def compiles(function: JITFunction, *arguments: object, **options: object) -> None:
+        raise AssertionError(f"{function.__name__} is compiled")
+
+    monkeypatch.setattr(JITFunction, "_do_compile", compiles)
+    book = Book(runner, 5)
+    for lane, sampling in enumerate(SAMPLINGS):
+        for count in (1, 3, 40, 200):
+            book.drop(lane)
+            runner.launch(book.step({}, [book.chunk(lane, prompt(lane, count))], [sampling], [0])).wait()
+        for lanes in ([lane], list(range(lane + 1))):
+            runner.launch(book.step(dict.fromkeys(lanes, LAST_DRAWN), (), [sampling] * len(lanes))).wait()
+        step = book.step({0: 1}, [book.chunk(20 + lane, [5, 6])], [sampling] * 2)
+        step.copies = [(500, 501)] if lane % 2 else [(500, 501), (501, 502)]
+        runner.launch(step).wait()
+    # More sequences than any common shape has room for, with short chunks.
+    runner.launch(book.step({}, [book.chunk(lane, [1, 2]) for lane in range(40, 86)])).wait()
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")

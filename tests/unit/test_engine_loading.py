@@ -96,6 +96,16 @@ def test_an_engine_on_the_cpu(folder: Path) -> None:
     assert len(Driver(engine).greedy([5, 6, 7], 3)) == 3
 
 
+def test_a_start_that_takes_long_says_how_far_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    now = 100.0
+    progress = loading._logged(lambda: now)
+    for done in range(1, 11):
+        now += 1.0
+        progress("graphs", done, 10)
+    assert caplog.messages == [f"loading: graphs {done} of 10" for done in (3, 6, 9)]
+
+
 def test_random_weights_need_no_file_and_are_others(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "pages": 32}
@@ -223,6 +233,20 @@ def test_chosen_pages_and_fraction_reach_the_runner(folder: Path, monkeypatch: p
     load_engine(folder, EngineOptions(**OPTIONS, kv_fraction=1.0))
     first, half, whole = (event[0] for event in fake.events if len(event) == 3 and isinstance(event[0], int))
     assert first == 77 and whole // 2 == half
+
+
+def test_a_gpu_without_room_for_cuda_itself(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeGpu(monkeypatch, 1000)
+
+    def fails() -> torch.device:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(loading, "_gpu", fails)
+    with pytest.raises(RealmError, match="CUDA_VISIBLE_DEVICES") as caught:
+        load_engine(folder, EngineOptions(**OPTIONS))
+    assert caught.value.code == "engine_start"
+    assert caught.value.details["free"] == 1000
+    assert fake.events == []
 
 
 def test_weights_that_cannot_fit_are_not_even_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

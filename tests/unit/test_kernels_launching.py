@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from triton.compiler import CompiledKernel
+from triton.runtime.jit import JITFunction
 
 from realm.engine.kernels.launching import Kernel
 
@@ -79,3 +83,22 @@ def test_the_interpreter_has_nothing_compiled() -> None:
     for _ in range(2):
         kernel.launch((1, 1, 1), (FLOATS,), (), (), warps=4)
     assert function.paths() == ["function", "function"]
+
+
+def test_a_compiled_kernel_is_launched_with_all_arguments() -> None:
+    """What :class:`Kernel` needs of the installed triton, and of no other place here is used without a GPU."""
+    launched: list[tuple[Any, ...]] = []
+    kernel = SimpleNamespace(
+        _init_handles=lambda: None,
+        launch_metadata=lambda grid, stream, *arguments: None,
+        run=lambda *arguments: launched.append(arguments),
+        function="function",
+        packed_metadata="metadata",
+    )
+    CompiledKernel.__getitem__(kernel, (1, 2, 3))(FLOATS, 5, 64, True, stream=7)
+    # What triton's own launch passes: grid, stream, function, both metadata, two hooks, every argument, constants too.
+    (arguments,) = launched
+    assert arguments[:5] == (1, 2, 3, 7, "function")
+    assert len(arguments) == 9 + 4
+    assert arguments[10:] == (5, 64, True)
+    assert "*bound_args.values())" in inspect.getsource(JITFunction.run).rpartition("kernel.run(")[2]

@@ -6,6 +6,7 @@ import gc
 import random
 import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import transformers
 
 import tests.interpreter  # noqa: F401
 from realm.engine.batch import LAST_DRAWN, StepBatch
-from realm.engine.runners import cuda_pass
+from realm.engine.runners import cuda_decode, cuda_pass
 from realm.engine.runners.cuda import RING, CudaRunner
 from realm.engine.runners.cuda_staging import Block
 from realm.engine.sampling import draw_batch
@@ -25,16 +26,18 @@ from realm.models.loading import load_weights
 from tests.runner_book import Book
 from tests.tiny import make_model, oracle_logits
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LANES = 16
 """So a step has up to 8 output rows."""
 
 
-def make_runner(folder: Path, pages: int = 80) -> CudaRunner:
+def make_runner(folder: Path, pages: int = 80, lanes: int = LANES) -> CudaRunner:
     """A runner on the CPU; its cache is full of NaN, which must never reach a result."""
     config = ModelConfig.load(folder)
     weights = load_weights(folder, config, dtype=torch.float32, device=torch.device("cpu"))
     with torch.inference_mode():
-        runner = CudaRunner(LlamaModel(config, weights), pages=pages, lanes=LANES, token_budget=256)
+        runner = CudaRunner(LlamaModel(config, weights), pages=pages, lanes=lanes, token_budget=256)
         runner._pass.cache.fill_(float("nan"))
     return runner
 
@@ -46,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def oracle(folder: Path) -> transformers.PreTrainedModel:
-    return make_model(folder)
+    return make_model(folder, num_hidden_layers=2)
 
 
 @pytest.fixture
@@ -72,7 +75,7 @@ def test_chunks_and_decoding_equal_transformers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str, few: int
 ) -> None:
     monkeypatch.setattr(cuda_pass, "FEW_ROWS", few)
-    model = make_model(tmp_path, variant)
+    model = make_model(tmp_path, variant, num_hidden_layers=2)
     runner = make_runner(tmp_path)
     book = Book(runner)
     texts = {lane: prompt(lane, count) for lane, count in {0: 1, 7: 18}.items()}
@@ -189,15 +192,16 @@ def test_copies_are_read_before_any_is_written(runner: CudaRunner, pairs: list[t
     assert torch.equal(cache[:, :, others], expected[:, :, others])
 
 
+@pytest.mark.parametrize("failing", [(Block, "send"), (cuda_decode, "spread_tables")], ids=["send", "spread"])
 def test_a_step_that_fails_leaves_nothing_behind(
-    runner: CudaRunner, oracle: transformers.PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+    runner: CudaRunner, oracle: transformers.PreTrainedModel, monkeypatch: pytest.MonkeyPatch, failing: tuple[Any, str]
 ) -> None:
     book = Book(runner)
     text = prompt(1, 12)
     runner.launch(book.step({}, [book.chunk(3, text)])).wait()
     step = book.step({3: 4}, logits=[0])
     with monkeypatch.context() as broken:
-        broken.setattr(Block, "send", lambda block: 1 / 0)
+        broken.setattr(*failing, lambda *arguments: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             runner.launch(step)
     runner.launch(book.step({}, [book.chunk(5, [9, 9])])).wait()

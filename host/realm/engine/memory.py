@@ -115,13 +115,18 @@ def too_little(what: str, *, needed: int, free: int, lower: str) -> RealmError:
     return RealmError("engine_start", message, details={"needed": needed, "free": free})
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether memory did not suffice, of the device or of the machine."""
+    return any(words in str(error).lower() for words in _WORDS)
+
+
 @contextlib.contextmanager
 def explained(what: str, device: torch.device, *, needed: int, lower: str) -> Iterator[None]:
     """Turn a device's running out of memory into ``engine_start``; ``needed`` are bytes, an estimate."""
     try:
         yield
     except RuntimeError as error:
-        if not any(words in str(error).lower() for words in _WORDS):
+        if not is_out_of_memory(error):
             raise
         try:
             free = device_memory(device) if device.type == "cuda" else available_memory()

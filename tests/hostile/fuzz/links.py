@@ -26,6 +26,9 @@ import msgspec
 from realm.channel import BlockingChannel, ChannelClosed, connect, frame
 from realm.engine.workers import WORKER_SHIFT
 from realm.messages import (
+    CONTINUE,
+    DRAWN,
+    NO_LANE,
     EndRun,
     EngineOp,
     EngineReady,
@@ -34,7 +37,6 @@ from realm.messages import (
     ErrorInfo,
     ForkSequence,
     Forward,
-    ForwardDone,
     FreeSequence,
     GatewayHello,
     Log,
@@ -118,7 +120,22 @@ def params(random: Random) -> SamplingParams | None:
         bias_tokens=tokens(random) if biased else None,
         bias_values=random.randbytes(4 * random.randrange(20)) if biased else None,
         logprob=random.random() < 0.5,
+        key=integer(random) if random.random() < 0.3 else random.getrandbits(64),
+        number=integer(random),
     )
+
+
+def continues(random: Random, worker: int) -> bytes:
+    """Calls that go on: of its own sequences, or of any; sometimes not in whole rows."""
+    if random.random() < 0.3:
+        return b""
+    rows = b""
+    for _ in range(random.randrange(6)):
+        range_of = random.choice([worker] * 8 + [GOOD_WORKER, 0])
+        seq = (range_of << WORKER_SHIFT) + random.randrange(5)
+        lane = random.randrange(4) if random.random() < 0.8 else random.choice([256, 1 << 31, NO_LANE])
+        rows += CONTINUE.pack(random.getrandbits(random.choice([3, 64])), seq, lane, random.randrange(264))
+    return rows if random.random() < 0.9 else rows + random.randbytes(random.randrange(30))
 
 
 def operation(random: Random, worker: int, may_save: bool) -> EngineOp:
@@ -159,9 +176,8 @@ def to_engine(random: Random, worker: int, may_save: bool = False) -> Any:
         case 3:
             return random.choice([EngineReady("x", 1, 1, 1, 0.0), EngineReply(1, []), Output(1, b"x", 1)])
         case _:
-            return WorkerTurn(
-                [operation(random, worker, may_save) for _ in range(random.randrange(12))], integer(random)
-            )
+            ops = [operation(random, worker, may_save) for _ in range(random.randrange(12))]
+            return WorkerTurn(ops, integer(random), continues(random, worker))
 
 
 def event(random: Random) -> Any:
@@ -264,21 +280,25 @@ class EngineHost:
             select.select([channel], [], [], min(left, 0.5))
 
     def generate(self) -> list[int]:
-        """What a good worker's guest gets: five greedy tokens of a sequence of its own."""
+        """What a good worker's guest gets: five greedy tokens of a sequence of its own, going on as before."""
         self._number += 1
         seq, given = self._number, []
-        ops: list[EngineOp] = [OpenSequence(seq, "canary", 1)]
-        token = 5
+        token, lane = 5, NO_LANE
         for call in range(5):
-            data = token.to_bytes(4, "little")
-            self.worker.send(WorkerTurn([*ops, Forward(call, seq, data, SamplingParams(), False)], self._answered))
-            ops = []
+            ops: list[EngineOp] = [] if call else [OpenSequence(seq, "canary", 1)]
+            rows = b""
+            if lane == NO_LANE:
+                ops.append(Forward(call, seq, token.to_bytes(4, "little"), SamplingParams(), False))
+            else:
+                rows = CONTINUE.pack(call, seq, lane, token)
+            self.worker.send(WorkerTurn(ops, self._answered, rows))
             (reply,) = self._answer(self.worker)
             self._answered = reply.number
-            (result,) = reply.results
-            if not isinstance(result, ForwardDone):
-                raise Problem(f"the good worker got {result}")
-            token = result.token
+            if reply.results or len(reply.drawn) != DRAWN.size:
+                raise Problem(f"the good worker got {reply}")
+            answered, token, _, _, lane = DRAWN.unpack(reply.drawn)
+            if answered != call:
+                raise Problem(f"the good worker asked {call} and was answered {answered}")
             given.append(token)
         self.worker.send(WorkerTurn([FreeSequence(seq)], self._answered))
         return given

@@ -11,6 +11,7 @@ On a CPU the same code runs through Triton's interpreter, without graphs and str
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable
 from functools import partial
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from realm.engine.batch import Chunk, Decodes, Draws, Flags, Floats, StepBatch, StepResult
 from realm.engine.kv_cache import PAGE_SIZE
+from realm.engine.memory import is_out_of_memory
 from realm.engine.runners.cuda_buckets import Variant
 from realm.engine.runners.cuda_chunks import ChunkSteps
 from realm.engine.runners.cuda_decode import DecodeAttention, DecodeSteps
@@ -30,6 +32,8 @@ from realm.engine.runners.cuda_pass import DevicePass
 from realm.engine.runners.cuda_staging import Block, Results, new_event
 from realm.models.llama import LlamaModel
 from realm.models.loading import Progress
+
+log = logging.getLogger("realm.engine")
 
 RING = 4
 """Steps that may be in flight at once; a further launch waits for the oldest."""
@@ -96,7 +100,7 @@ class CudaRunner:
             model: on the device.
             pages: KV pages. lanes: see :class:`realm.engine.batch.Runner`; a step has at most half as
                 many output rows. token_budget: most tokens of a step's chunks.
-            progress: called with (graphs captured, graphs in all).
+            progress: called with (parts done, parts in all); most of them capture a graph.
 
         Raises:
             torch.OutOfMemoryError: when the device has not enough memory.
@@ -133,8 +137,7 @@ class CudaRunner:
             self._chunks = ChunkSteps(self._pass, self._outputs, attention, rows, pool)
             self._tables = (attention.tables, self._chunks.tables)
             if device.type == "cuda":
-                self._warm(token_budget)
-                self._decodes.capture(progress)
+                self._start(token_budget, progress or _unwatched)
                 torch.cuda.synchronize(device)
 
     def _on_stream(self) -> contextlib.AbstractContextManager[object]:
@@ -143,20 +146,33 @@ class CudaRunner:
         stream: contextlib.AbstractContextManager[object] = torch.cuda.stream(self._stream)
         return stream
 
-    def _warm(self, token_budget: int) -> None:
-        """Let the allocator see the largest step, and capture steps of one prompt; on nobody's page."""
+    def _start(self, token_budget: int, progress: Progress) -> None:
+        """Compile every kernel that a step may need, and capture what most steps do."""
+        work = [*self._prompts(token_budget), self._chunks.compile_tiles, self._copy_nothing, *self._decodes.first()]
+        for done, part in enumerate(work, 1):
+            part()
+            progress(done, len(work))
+
+    def _copy_nothing(self) -> None:
+        spare = torch.full((1,), self.pages, dtype=torch.int64, device=self._pass.cache.device)
+        copy_pages(self._pass.cache, spare, self._pass.cache, spare)
+
+    def _prompts(self, token_budget: int) -> list[Callable[[], None]]:
+        """Steps of one prompt, on nobody's page: the largest, for the allocator, and those to be captured."""
         most = min(token_budget, self.config.context_length)
         counts = [1 << bits for bits in range(4, GRAPH_TOKENS.bit_length()) if 1 << bits <= most]
         none = np.zeros(0, np.int32)
         decodes = Decodes(none, none, none, np.zeros((0, 0), np.int32), 0)
         one = np.ones(1, np.float32)
-        for temperature in (one * 0, one):
+
+        def compute(count: int, temperature: Floats) -> None:
             draws = Draws(temperature, np.zeros(1, np.int32), one, one * 0, np.zeros(1), np.zeros(1, np.bool_))
-            # The second step of a kind is captured.
-            for count in [most, *counts, *counts]:
-                pages = [self.pages] * -(-count // PAGE_SIZE)
-                chunk = Chunk(np.zeros(count, np.uint32), 0, pages, True)
-                self.launch(StepBatch(decodes, [chunk], draws)).wait()
+            chunk = Chunk(np.zeros(count, np.uint32), 0, [self.pages] * -(-count // PAGE_SIZE), True)
+            self.launch(StepBatch(decodes, [chunk], draws)).wait()
+
+        # The second step of a kind is captured.
+        every = [most, *counts, *counts]
+        return [partial(compute, count, temperature) for temperature in (one * 0, one) for count in every]
 
     @torch.inference_mode()
     def launch(self, batch: StepBatch) -> CudaStep:
@@ -164,7 +180,22 @@ class CudaRunner:
 
         Raises:
             ValueError: when the step has more rows or tokens than the runner was made for.
+            RuntimeError: what CUDA says, as when the device's memory does not suffice. What the step should
+                have written is missing then, so the engine cannot go on.
         """
+        try:
+            return self._launch(batch)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                log.critical(
+                    "the GPU has no memory left for a step of %d rows and %d tokens of prompts: "
+                    "lower --kv-fraction, --kv-pages, --token-budget or --max-sequences",
+                    len(batch.decodes),
+                    sum(len(chunk.tokens) for chunk in batch.chunks),
+                )
+            raise
+
+    def _launch(self, batch: StepBatch) -> CudaStep:
         if batch.outputs > self._rows:
             raise ValueError(f"a step of {batch.outputs} output rows; the runner has {self._rows}")
         slot = self._slots[self._next]
@@ -238,3 +269,7 @@ class CudaRunner:
         self._slots = []
         if self._stream is not None:
             torch.cuda.empty_cache()
+
+
+def _unwatched(done: int, total: int) -> None:
+    """Progress that nobody watches."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from itertools import product
 from typing import NamedTuple
 
 from realm.engine.batch import Draws
@@ -50,3 +51,10 @@ class Variant(NamedTuple):
 
 COMMON = (Variant(True, False, False, False), Variant(False, False, False, False))
 """Captured at the start; the others when they are first needed."""
+
+RARE = tuple(
+    variant
+    for variant in (Variant(*flags) for flags in product((True, False), repeat=4))
+    if variant not in COMMON and not (variant.greedy and variant.filtered)
+)
+"""The others."""

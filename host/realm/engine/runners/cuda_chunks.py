@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from realm.engine.batch import Chunk, StepBatch
-from realm.engine.kernels.attention_prefill import attention_prefill
+from realm.engine.kernels.attention_prefill import TILES, attention_prefill
 from realm.engine.kernels.rotary import rope_and_store
 from realm.engine.kv_cache import PAGE_SIZE
 from realm.engine.runners.cuda_buckets import Variant
-from realm.engine.runners.cuda_decode import DecodeAttention, PageTables, captured
+from realm.engine.runners.cuda_decode import DecodeAttention, PageTables, captured_if_it_fits
 from realm.engine.runners.cuda_draw import OutputRows, fill_draws
 from realm.engine.runners.cuda_memory import GRAPH_TOKENS, MOST_CHUNK_GRAPHS
 from realm.engine.runners.cuda_pass import DevicePass
@@ -103,7 +103,7 @@ class ChunkSteps:
         self._spare_lane = len(device_pass.lane_tokens) - 1
         self._spare_slot = (device_pass.cache.shape[2] - 1) * PAGE_SIZE
         self._seen: set[tuple[Shape, Variant]] = set()
-        self._graphs: dict[tuple[Shape, Variant], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[Shape, Variant], Callable[[], None]] = {}
         self.tables = PageTables(rows, -(-config.context_length // PAGE_SIZE), device)
 
     def shape(self, batch: StepBatch) -> tuple[Shape, bool]:
@@ -112,13 +112,28 @@ class ChunkSteps:
         decodes, chunks = len(batch.decodes), len(batch.chunks)
         lengths = [len(chunk.tokens) for chunk in batch.chunks]
         tokens = sum(lengths)
-        splits = self._attention.splits(decodes, batch.decodes.longest) if decodes else 1
         if tokens <= GRAPH_TOKENS and decodes <= _DECODES[-1] and chunks <= _CHUNKS[-1]:
             filled = max(_LEAST_TOKENS, 1 << (tokens - 1).bit_length())
-            room = Shape(_least(_DECODES, decodes), filled, _least(_CHUNKS, chunks), filled, splits)
+            rows = _least(_DECODES, decodes)
+            room = Shape(rows, filled, _least(_CHUNKS, chunks), filled, self._splits(rows, batch))
             if room.outputs <= self._rows:
                 return room, True
-        return Shape(decodes, tokens, chunks, max(lengths), splits), False
+        return Shape(decodes, tokens, chunks, max(lengths), self._splits(decodes, batch)), False
+
+    def _splits(self, rows: int, batch: StepBatch) -> int:
+        return self._attention.splits(rows, batch.decodes.longest) if rows else 1
+
+    def compile_tiles(self) -> None:
+        """Launch the attention of chunks with every tile that it may take, on no chunk at all."""
+        model, pages = self._pass.model, self._pass.cache[0]
+        config = model.config
+        group = config.heads // config.kv_heads
+        width = (config.heads + 2 * config.kv_heads) * config.head_dim
+        qkv = torch.zeros((1, width), dtype=model.dtype, device=model.device)
+        out = torch.zeros((1, config.heads * config.head_dim), dtype=model.dtype, device=model.device)
+        none = torch.zeros(2, dtype=torch.int32, device=model.device)
+        for tile in TILES:
+            attention_prefill(qkv, pages, self.tables.device[:1], none, none[:1], out, longest=max(1, tile // group))
 
     def prepare(self, block: Block, batch: StepBatch, variant: Variant) -> Callable[[], None]:
         """Write a step's inputs to ``block``; returns what computes it once the block was sent.
@@ -142,9 +157,9 @@ class ChunkSteps:
         if graph is None and common and self._pool is not None:
             # The first step of a kind compiles what it needs; the second one is captured.
             if key in self._seen and len(self._graphs) < MOST_CHUNK_GRAPHS:
-                graph = self._graphs[key] = captured(compute, self._pool)
+                graph = self._graphs[key] = captured_if_it_fits(compute, self._pool)
             self._seen.add(key)
-        return compute if graph is None else graph.replay
+        return compute if graph is None else graph
 
     def _write_decodes(self, block: Block, host: _Fields, shape: Shape, batch: StepBatch) -> None:
         decodes, count = batch.decodes, len(batch.decodes)

@@ -7,6 +7,8 @@ context is split over programs depends on the size alone.
 
 from __future__ import annotations
 
+import gc
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,30 +19,64 @@ import torch
 from torch import Tensor
 
 from realm.engine.batch import Decodes, Draws, Ints
-from realm.engine.kernels.attention_decode import DecodeWorkspace, attention_decode, decode_splits
+from realm.engine.kernels.attention_decode import MOST_SPLITS, DecodeWorkspace, attention_decode, decode_splits
 from realm.engine.kv_cache import PAGE_SIZE
-from realm.engine.runners.cuda_buckets import COMMON, Variant, bucket_sizes, fit
+from realm.engine.memory import is_out_of_memory
+from realm.engine.runners.cuda_buckets import COMMON, RARE, Variant, bucket_sizes, fit
 from realm.engine.runners.cuda_draw import OutputRows, fill_draws
 from realm.engine.runners.cuda_kernels import spread_tables
-from realm.engine.runners.cuda_memory import MOST_PARTS
+from realm.engine.runners.cuda_memory import MOST_PARTS, MOST_RARE_GRAPHS
 from realm.engine.runners.cuda_pass import DevicePass
 from realm.engine.runners.cuda_staging import Array, Block, DrawFields
-from realm.models.loading import Progress
+
+log = logging.getLogger("realm.engine")
 
 SHORT_CONTEXT = 4096
 """Tokens of context up to which all steps of a size share a graph."""
 
 
-def captured(compute: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
-    """A graph of what ``compute`` launches on the current stream; its kernels must have been compiled before."""
+def captured(compute: Callable[[], None], pool: Any) -> Callable[[], None]:
+    """What replays a graph of all that ``compute`` launches on the current stream; its kernels must have been
+    compiled before.
+
+    Raises:
+        RuntimeError: among others when there is no memory for it (:func:`realm.engine.memory.is_out_of_memory`):
+            then nothing else is changed, and steps can go on without it.
+    """
     graph = torch.cuda.CUDAGraph()
-    # Not torch.cuda.graph(): that collects garbage and empties the allocator's cache each time.
-    graph.capture_begin(pool, capture_error_mode="thread_local")
+    collecting = gc.isenabled()
+    # Garbage with an event, a graph or pinned memory must not be freed in the middle: that is work of its own
+    # for the stream, and would end the capture.
+    gc.disable()
     try:
-        compute()
+        # Not torch.cuda.graph(): that collects garbage and empties the allocator's cache each time.
+        graph.capture_begin(pool, capture_error_mode="thread_local")
+        try:
+            compute()
+        finally:
+            graph.capture_end()
     finally:
-        graph.capture_end()
-    return graph
+        if collecting:
+            gc.enable()
+    replay: Callable[[], None] = graph.replay
+    return replay
+
+
+def captured_if_it_fits(compute: Callable[[], None], pool: Any) -> Callable[[], None]:
+    """:func:`captured`, or ``compute`` itself where memory is short: that is slower, and as good."""
+    for _ in range(2):
+        try:
+            return captured(compute, pool)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        # What the allocator keeps for later steps it cannot give back in the middle of a capture.
+        torch.cuda.empty_cache()
+    log.warning(
+        "no memory for one more CUDA graph: such steps take the host longer from now on; "
+        "a lower --kv-fraction or --kv-pages leaves more"
+    )
+    return compute
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +138,9 @@ class PageTables:
     def spread(self) -> None:
         """Bring what :meth:`place` wrote to its place, after the block was sent."""
         if self._placed is not None:
-            self._there, compact = self._placed
+            rows, compact = self._placed
             spread_tables(compact, self.device)
-            self._placed = None
+            self._there, self._placed = rows, None
 
 
 class DecodeAttention:
@@ -135,7 +171,7 @@ class DecodeAttention:
         up to :data:`SHORT_CONTEXT` tokens, and for those up to each further power of two."""
         upto = max(SHORT_CONTEXT, 1 << (longest - 1).bit_length())
         splits = decode_splits(rows, self._kv_heads, upto, self._multiprocessors)
-        return max(1, min(splits, 1 << (MOST_PARTS // rows).bit_length() - 1))
+        return min(splits, 1 << max(1, MOST_PARTS // rows).bit_length() - 1)
 
     def __call__(self, qkv: Tensor, pages: Tensor, lengths: Tensor, out: Tensor, splits: int) -> None:
         """One layer's attention of rows that attend to ``lengths`` tokens each, int32 [n]."""
@@ -165,16 +201,25 @@ class DecodeSteps:
         self._sizes = bucket_sizes(rows)
         self._fields = [{size: DecodeFields.place(block, size) for size in self._sizes} for block in blocks]
         self._pool = pool
-        self._graphs: dict[tuple[int, Variant, int], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[int, Variant, int], Callable[[], None]] = {}
+        self._most_graphs = len(self._sizes) * len(COMMON) + MOST_RARE_GRAPHS
 
-    def capture(self, progress: Progress | None) -> None:
-        """Capture what most steps need: all sizes, greedy and sampled, for contexts of usual length."""
+    def first(self) -> list[Callable[[], None]]:
+        """What has to be done before the first step: all kernels compiled, and what most steps need captured,
+        that is all sizes, greedy and sampled, for contexts of usual length."""
+
+        def capture(size: int, variant: Variant) -> None:
+            splits = self._attention.splits(size, 1)
+            self._rehearse(size, variant, splits)
+            if self._pool is not None:
+                compute = partial(self._compute, size, variant, splits)
+                self._graphs[size, variant, splits] = captured(compute, self._pool)
+
         # The largest first: the smaller ones then find their memory in the pool.
-        wanted = [(size, variant) for size in reversed(self._sizes) for variant in COMMON]
-        for done, (size, variant) in enumerate(wanted, 1):
-            self._graph(size, variant, self._attention.splits(size, 1))
-            if progress is not None:
-                progress(done, len(wanted))
+        captures = [partial(capture, size, variant) for size in reversed(self._sizes) for variant in COMMON]
+        rare = [partial(self._rehearse, 1, variant, 1) for variant in RARE]
+        powers = range(MOST_SPLITS.bit_length())
+        return [*rare, *(partial(self._rehearse, 1, COMMON[0], 1 << power) for power in powers), *captures]
 
     def prepare(self, block: Block, decodes: Decodes, draws: Draws, variant: Variant) -> Callable[[], None]:
         """Write a step's inputs to ``block``; returns what computes it once the block was sent."""
@@ -195,21 +240,22 @@ class DecodeSteps:
 
     def _graph(self, size: int, variant: Variant, splits: int) -> Callable[[], None]:
         """What computes a step of ``size`` rows from the device's buffers; captured when first asked for."""
-        if self._pool is None:
-            return partial(self._compute, size, variant, splits)
-        graph = self._graphs.get((size, variant, splits))
+        key = (size, variant, splits)
+        graph = self._graphs.get(key)
         if graph is None:
-            graph = self._graphs[size, variant, splits] = self._captured(size, variant, splits, self._pool)
-        replay: Callable[[], None] = graph.replay
-        return replay
+            compute = partial(self._compute, size, variant, splits)
+            if self._pool is None or len(self._graphs) >= self._most_graphs:
+                return compute
+            self._rehearse(size, variant, splits)
+            graph = self._graphs[key] = captured_if_it_fits(compute, self._pool)
+        return graph
 
-    def _captured(self, size: int, variant: Variant, splits: int, pool: Any) -> torch.cuda.CUDAGraph:
+    def _rehearse(self, size: int, variant: Variant, splits: int) -> None:
+        """Compute rows that only fill a batch, so that kernels are compiled and libraries take what they keep."""
         self._fields[0][size].pad_device(self._spare_lane)
         if variant.masked:
             self._outputs.allow_all(size)
-        # Once without capture: kernels are compiled, and libraries take what they keep.
         self._compute(size, variant, splits)
-        return captured(partial(self._compute, size, variant, splits), pool)
 
     def _compute(self, size: int, variant: Variant, splits: int) -> None:
         fields = self._fields[0][size]

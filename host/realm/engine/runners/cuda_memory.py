@@ -18,6 +18,9 @@ GRAPH_TOKENS = 2048
 MOST_CHUNK_GRAPHS = 64
 """Graphs of steps with chunks that are kept; kinds of steps that come later do without."""
 
+MOST_RARE_GRAPHS = 128
+"""Graphs of decode steps that are kept beside those of the start; the same then."""
+
 LIBRARIES = 192 << 20
 """Workspaces of cuBLAS, and the code of its kernels and of ours."""
 
@@ -51,9 +54,10 @@ def activation_bytes(config: ModelConfig, dtype: torch.dtype, token_budget: int,
     captured = 2 * (rows + min(token_budget, GRAPH_TOKENS)) * widest * dtype.itemsize
     logits = rows * config.vocab_size * (dtype.itemsize + 4)
     parts = max(MOST_PARTS, rows) * config.heads * (config.head_dim + 2) * 4
-    graphs = (MOST_CHUNK_GRAPHS + len(bucket_sizes(rows)) * len(COMMON)) * config.layers * GRAPH_BYTES_PER_LAYER
+    count = MOST_CHUNK_GRAPHS + MOST_RARE_GRAPHS + len(bucket_sizes(rows)) * len(COMMON)
+    graphs = count * config.layers * GRAPH_BYTES_PER_LAYER
     static = block_bytes(config, token_budget, rows) + rows * (
-        4 * -(-config.context_length // PAGE_SIZE) + 4 * -(-config.vocab_size // 32)
+        2 * 4 * -(-config.context_length // PAGE_SIZE) + 4 * -(-config.vocab_size // 32)
     )
     sampler = DeviceSampler.bytes_needed(config.vocab_size, rows)
     return chunks + captured + logits + parts + graphs + static + sampler + LIBRARIES
