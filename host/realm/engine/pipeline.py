@@ -288,7 +288,8 @@ class Pipeline:
             self._scheduler.resubmit(sequence, call)
             return
         self._scheduler.truncate(sequence, len(sequence.tokens) - call.count)
-        sequence.tenant.spend(-call.count, self._clock())
+        if sequence.tenant.bucket is not None:
+            sequence.tenant.spend(-call.count, self._clock())
         self.refuse(sequence.worker, call.number, met, len(sequence.tokens) + call.count)
 
     def no_room(self, tenant: Tenant, length: int) -> LimitMet | ErrorCode | None:

@@ -220,9 +220,12 @@ class Tenant(PageHolder):
         self.bucket.spend(tokens, now)
 
     def change(self, quota: TenantQuota, now: float) -> None:
-        """New limits; what has been used stays used."""
+        """New limits; what has been used stays used, unless nothing may be used from now on."""
         self.quota = quota
-        if self.bucket is not None:
+        if quota.tokens_per_minute <= 0:
+            # Nothing is taken from it, and it would never fill again: it would keep the tenant known for ever.
+            self.bucket = None
+        elif self.bucket is not None:
             self.bucket.change(quota.tokens_per_minute / MINUTE, quota.tokens_per_minute, now)
 
     def over_pages(self, pages: int) -> LimitMet | None:
