@@ -64,7 +64,6 @@ check-guests: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.bench_guests
-	$(BIN)/python -m tests.benchmarks.bench_host_calls
 	$(BIN)/python -m tests.benchmarks.bench_worker_tokens
 	$(BIN)/python -m tests.benchmarks.bench_engine_loop
 	$(BIN)/python -m tests.benchmarks.gateway_frames
