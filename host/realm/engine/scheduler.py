@@ -1,7 +1,8 @@
 """Which sequences compute how many tokens in the next step, and in which pages.
 
 Sans-I/O and without torch: calls go in, a :class:`StepPlan` of plain data comes out, and
-:meth:`Scheduler.commit` says that it was carried out.
+:meth:`Scheduler.commit` says that it is launched. From then on it counts as computed, because steps are
+carried out in the order of their launches.
 
 Policy:
 
@@ -319,12 +320,11 @@ class Scheduler:
 
     # --- after the step -------------------------------------------------------------------------
 
-    def commit(self, plan: StepPlan) -> list[Part]:
-        """The plan was computed: seal full pages, charge tenants, and return the finished parts.
+    def commit(self, plan: StepPlan) -> None:
+        """The plan is launched: seal full pages and charge tenants.
 
-        Their calls are no longer pending; ``part.sequence.call`` is cleared by the caller.
+        Calls that it finishes are no longer pending; the caller clears ``part.sequence.call`` when it answers them.
         """
-        finished: list[Part] = []
         for part in plan.parts:
             sequence = part.sequence
             sequence.computed += part.count
@@ -335,12 +335,10 @@ class Scheduler:
             decode = part.count == 1 and part.finishes
             tenant.counter += DECODE_WEIGHT if decode else PREFILL_WEIGHT * part.count
             if part.finishes:
-                finished.append(part)
                 self._dequeue(sequence)
             elif sequence.remaining == 1:
                 self._requeue(sequence)
         self.step += 1
-        return finished
 
     # --- sequences with lanes ---------------------------------------------------------------------
 
