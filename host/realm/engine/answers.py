@@ -13,11 +13,16 @@ from realm.messages import DRAWN, NO_LANE, CallFailed, EngineResult, ForwardDone
 
 
 class Answers:
-    """Results by worker, until they are taken."""
+    """Results by worker, until they are taken.
+
+    Attributes:
+        singly: workers with results for sequences without a lane.
+    """
 
     def __init__(self) -> None:
         self._messages: dict[int, list[EngineResult]] = {}
         self._rows: dict[int, list[bytes]] = {}
+        self.singly: set[int] = set()
 
     def __bool__(self) -> bool:
         return bool(self._messages or self._rows)
@@ -26,6 +31,7 @@ class Answers:
         """All results so far, by worker: messages, and rows of :data:`realm.messages.DRAWN`."""
         messages, self._messages = self._messages, {}
         rows, self._rows = self._rows, {}
+        self.singly = set()
         return {
             worker: (messages.get(worker, []), b"".join(rows.get(worker, ())))
             for worker in messages.keys() | rows.keys()
@@ -35,8 +41,10 @@ class Answers:
         """Drop what a worker would have been told."""
         self._messages.pop(worker, None)
         self._rows.pop(worker, None)
+        self.singly.discard(worker)
 
     def add(self, worker: int, result: EngineResult) -> None:
+        self.singly.add(worker)
         self._messages.setdefault(worker, []).append(result)
 
     def add_rows(self, answers: Rows, workers: Longs) -> None:
@@ -49,15 +57,19 @@ class Answers:
             return
         order = np.argsort(workers, kind="stable")
         workers, answers = workers[order], answers[order]
-        starts = np.flatnonzero(np.diff(workers, prepend=workers[0] - 1))
-        for worker, part in zip(workers[starts].tolist(), np.split(answers, starts[1:]), strict=True):
-            self._rows.setdefault(worker, []).append(part.tobytes())
+        starts = np.flatnonzero(workers[1:] != workers[:-1]) + 1
+        data, size = answers.tobytes(), ANSWER.itemsize
+        begin = 0
+        for end in [*(starts * size).tolist(), len(data)]:
+            self._rows.setdefault(int(workers[begin // size]), []).append(data[begin:end])
+            begin = end
 
     def done(self, worker: int, call: int, token: int, logprob: float, cached: int, logits: bytes | None) -> None:
         """The answer to a call of a sequence without a lane: a row if it can be one."""
         if token < 0 or logits is not None:
             self.add(worker, ForwardDone(call, token, logprob, cached, logits))
         else:
+            self.singly.add(worker)
             self._rows.setdefault(worker, []).append(DRAWN.pack(call, token, logprob, cached, NO_LANE))
 
     def fail(self, worker: int, call: int, code: ErrorCode, message: str) -> None:

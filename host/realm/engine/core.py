@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 
 from realm.engine.answers import Answers, as_messages
-from realm.engine.batch import Runner
+from realm.engine.batch import Longs, Runner
 from realm.engine.checking import sampling_fault
 from realm.engine.kv_cache import PAGE_SIZE
 from realm.engine.lanes import CLAIM
@@ -81,15 +81,13 @@ class EngineCore:
         """Apply a worker's operations: first those that go on, then the others in order.
 
         Args:
-            continues: rows of :data:`realm.messages.CONTINUE`. What is no whole row is not looked at.
+            continues: see :meth:`claim`.
         """
+        if continues:
+            self.claim([(worker, continues)])
         workers = self._workers
         sequences = workers.of(worker).sequences
         now = self._clock()
-        if continues:
-            claims = np.frombuffer(continues, dtype=CLAIM, count=len(continues) // CLAIM.itemsize)
-            for call, seq, _, token in self._pipeline.claim(worker, claims, now).tolist():
-                self._go_on(worker, sequences.get(seq), call, seq, token, now)
         for op in ops:
             match op:
                 case Forward():
@@ -112,6 +110,23 @@ class EngineCore:
                     self._save(worker, sequences.get(op.seq), op)
                 case OpenSaved():
                     self._open_saved(worker, op)
+
+    def claim(self, turns: list[tuple[int, bytes]]) -> None:
+        """Take in calls that go on, of any workers, at once: most of what that costs is by call, not by row.
+
+        Args:
+            turns: a worker and its rows of :data:`realm.messages.CONTINUE`. What is no whole row is not looked at.
+        """
+        counts = [len(rows) // CLAIM.itemsize for _, rows in turns]
+        joined = b"".join(rows[: count * CLAIM.itemsize] for (_, rows), count in zip(turns, counts, strict=True))
+        claims = np.frombuffer(joined, dtype=CLAIM)
+        workers = np.repeat(np.array([worker for worker, _ in turns], np.int64), counts)
+        now = self._clock()
+        single = self._pipeline.claim(workers, claims, now)
+        if not single.any():
+            return
+        for worker, (call, seq, _, token) in zip(workers[single].tolist(), claims[single].tolist(), strict=True):
+            self._go_on(worker, self._workers.of(worker).sequences.get(seq), call, seq, token, now)
 
     def set_quota(self, quota: TenantQuota) -> None:
         """Set what a tenant may take from now on. Pending calls that can no longer fit fail."""
@@ -274,6 +289,15 @@ class EngineCore:
     def may_run_ahead(self) -> bool:
         """Whether :meth:`launch` might find something although nobody waits for it."""
         return self._pipeline.may_run_ahead
+
+    def outlook(self) -> tuple[int, Longs]:
+        """How many rows a step would have now, about, and the workers of sequences that have run ahead as
+        far as they may, which it would not have: one for each."""
+        return self._pipeline.outlook()
+
+    def answered_singly(self) -> set[int]:
+        """Workers whose results, as :meth:`take` will give them, go also to sequences that cannot run ahead."""
+        return self._answers.singly
 
     @property
     def step_seconds(self) -> float:

@@ -207,6 +207,13 @@ class Lanes:
         """Rows that guests wait for and that are not launched."""
         return int(np.count_nonzero(self.active & (self.claimed > self.launched)))
 
+    def held(self, depth: int) -> tuple[int, Longs]:
+        """Lanes that can go on at once (but for context and pages), and the workers of those that cannot,
+        having ``depth`` rows launched that nobody has claimed: one for each lane."""
+        held = self.active & (self.launched - self.claimed >= depth)
+        workers = self._worker[held]
+        return self.used - len(workers), workers
+
     def may_run_ahead(self, depth: int) -> bool:
         """Whether any lane has fewer rows launched and not claimed than it may have."""
         ahead = self.launched - self.claimed
@@ -227,16 +234,19 @@ class Lanes:
             may &= np.array(allowed, dtype=np.bool_)[self.slot]
         return due, np.flatnonzero(may)
 
-    def check_claims(self, worker: int, claims: Rows) -> tuple[Longs, Flags]:
+    def check_claims(self, workers: Longs, claims: Rows) -> tuple[Longs, Flags]:
         """The lane of each claim (0 where it names none), and whether it is good.
 
-        A good one names a lane of that worker with the very sequence, which waits for nothing and drew
+        A good one names a lane of its worker with the very sequence, which waits for nothing and drew
         that token last, and there is context left. Of two for one lane the second is not good.
+
+        Args:
+            workers: who sent each of ``claims``.
         """
         lane = claims["lane"].astype(np.int64)
         good = lane < self.count
         lane[~good] = 0
-        good &= self.active[lane] & (self._seq[lane] == claims["seq"]) & (self._worker[lane] == worker)
+        good &= self.active[lane] & (self._seq[lane] == claims["seq"]) & (self._worker[lane] == workers)
         answered = self.answered[lane]
         good &= (answered == self.claimed[lane]) & (answered > 0)
         good &= self._tokens[lane, (answered - 1) % LOG_ROWS] == claims["token"]

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from realm.engine.answers import Answers
-from realm.engine.batch import Longs, Runner, StepResult
+from realm.engine.batch import Flags, Longs, Runner, StepResult
 from realm.engine.kv_cache import PAGE_SIZE
 from realm.engine.lanes import Lanes, Rows
 from realm.engine.launching import InFlight, Single, build_batch, may_go_on, on_host
@@ -90,6 +90,12 @@ class Pipeline:
     def may_run_ahead(self) -> bool:
         """Whether :meth:`launch` might find something although nobody waits for it."""
         return self.lanes.used > 0 and self.lanes.may_run_ahead(self._depth)
+
+    def outlook(self) -> tuple[int, Longs]:
+        """How many rows a step would have now, about, and the workers of sequences that have run ahead as
+        far as they may, which it would not have: one for each."""
+        ready, held = self.lanes.held(self._depth)
+        return self._scheduler.pending + ready, held
 
     # --- launching ------------------------------------------------------------------------------
 
@@ -228,10 +234,14 @@ class Pipeline:
 
     # --- lanes and the scheduler ----------------------------------------------------------------
 
-    def claim(self, worker: int, claims: Rows, now: float) -> Rows:
-        """Take in calls of guests that go on; returns those that have to be looked at one by one."""
+    def claim(self, workers: Longs, claims: Rows, now: float) -> Flags:
+        """Take in calls of guests that go on; returns which of them have to be looked at one by one.
+
+        Args:
+            workers: who sent each of ``claims``.
+        """
         lanes = self.lanes
-        places, good = lanes.check_claims(worker, claims)
+        places, good = lanes.check_claims(workers, claims)
         for tenant, count in lanes.by_tenant(places[good]):
             if tenant.has_tokens(count, now):
                 tenant.spend(count, now)
@@ -248,7 +258,7 @@ class Pipeline:
                 assert sequence is not None
                 self._scheduler.append(sequence, lanes.flush(lane))
             self._answer_drawn(answerable)
-        return claims[~good]
+        return ~good
 
     def park(self, sequence: Sequence) -> None:
         """Take a sequence out of its lane. If its guest waits for a row, the scheduler gets it as a call."""

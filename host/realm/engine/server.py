@@ -4,9 +4,9 @@ Run as ``python -m realm.engine.server --socket PATH --model FOLDER``; the gatew
 workers connect. It ends when the gateway's link closes, so it never outlives the host.
 
 While a step is on the device the loop takes in the next calls, and launches the next step before that
-one is done. It waits a moment for the workers it has just answered (:meth:`EngineServer._launch_at`). A
-worker says with each turn which reply it has handled, so the wait ends as soon as all have spoken, and
-never lasts longer than a fraction of a step.
+one is done. It waits a moment for workers it has just answered, where the step would lack their guests'
+rows otherwise (:meth:`EngineServer._awaited`). A worker says with each turn which reply it has handled, so
+the wait ends as soon as all have spoken, and never lasts longer than a fraction of a step.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ class Peer:
     """One connected process.
 
     ``answered`` and ``sent`` count replies handled by it and sent to it, ``missed`` the waits for it in
-    vain. ``backlog`` are operations, and rows of calls that go on, that came faster than the engine takes
-    them from one worker.
+    vain. ``singly``: whether the last reply was also for sequences that cannot run ahead. ``backlog`` are
+    operations, and rows of calls that go on, that came faster than the engine takes them from one worker.
     """
 
     link: PeerLink
@@ -91,6 +91,7 @@ class Peer:
     sent: int = 0
     answered: int = 0
     missed: int = 0
+    singly: bool = False
     allowance: int = MAX_OPERATIONS
     backlog: deque[EngineOp | bytes] = field(default_factory=deque)
     writing: bool = False
@@ -114,6 +115,7 @@ class EngineServer:
         self._peers: dict[int, Peer] = {}
         self._workers: dict[int, Peer] = {}
         self._gateway: Peer | None = None
+        self._claims: list[tuple[int, bytes]] = []
         self._stopping = False
         self._ran_out = False
         self._trace = core.trace = trace
@@ -143,9 +145,8 @@ class EngineServer:
 
     def _launch(self) -> None:
         core = self._core
-        for peer in self._workers.values():
-            if peer.answered < peer.sent:
-                peer.missed += 1
+        for peer in self._awaited():
+            peer.missed += 1
         busy = core.in_flight > 0
         began = time.perf_counter()
         launched = core.launch()
@@ -173,14 +174,28 @@ class EngineServer:
         left = self._launch_at() - time.perf_counter()
         return 0.0 if left <= 0 or self._asks else left
 
-    def _launch_at(self) -> float:
-        """When to launch the next step: at once if every worker has handled its last reply.
+    def _awaited(self) -> list[Peer]:
+        """Workers whose guests are about to call again, without which the next step would be much smaller:
+        one step with all of them costs much less than two halves.
 
-        Otherwise their guests are about to call again, and one step with all of them costs much less
-        than two halves. While the device has work it may wait until half of that is done; an idle one
-        waits for a part of the last step's time.
+        Most guests' rows run ahead and are in the step anyway. Guests that cannot, and those who were told so
+        late that their rows have run ahead as far as they may, are waited for while the device has work; an
+        idle one waits for the latter only where they are the larger half.
         """
-        if not any(peer.answered < peer.sent and peer.missed < GATHER_PATIENCE for peer in self._workers.values()):
+        peers = [p for p in self._workers.values() if p.answered < p.sent and p.missed < GATHER_PATIENCE]
+        if not peers or not self._core.run_ahead:
+            return peers
+        ready, held = self._core.outlook()
+        late = set(held.tolist()) if self._core.in_flight or len(held) > ready else set()
+        return [peer for peer in peers if peer.singly or peer.worker in late]
+
+    def _launch_at(self) -> float:
+        """When to launch the next step: at once if nobody is awaited (:meth:`_awaited`).
+
+        While the device has work it may wait until half of that is done; an idle one waits for a part of
+        the last step's time.
+        """
+        if not self._awaited():
             return 0.0
         if self._core.in_flight:
             return max(self._began, self._settled_at) + BUSY_FRACTION * self._core.step_seconds
@@ -190,11 +205,13 @@ class EngineServer:
     def _reply(self) -> None:
         """Send what has become ready."""
         began = time.perf_counter()
+        singly = self._core.answered_singly()
         results = self._core.take()
         for worker, (messages, rows) in results.items():
             peer = self._workers.get(worker)
             if peer is not None:
                 peer.sent += 1
+                peer.singly = worker in singly
                 self._send(peer, EngineReply(peer.sent, messages, rows))
         if results and self._trace is not None:
             self._trace.span("send", began, time.perf_counter(), len(results))
@@ -218,6 +235,7 @@ class EngineServer:
                 self._watch(peer)
             if events & ~select.POLLOUT and not peer.backlog:
                 self._read(peer)
+        self._claim()
         if ready and self._trace is not None:
             self._trace.span("receive", began, time.perf_counter(), len(ready))
 
@@ -299,11 +317,29 @@ class EngineServer:
         count = len(turn.ops) + rows
         if not peer.backlog and count <= peer.allowance:
             peer.allowance -= count
-            self._core.submit(peer.worker, turn.ops, turn.continues)
+            if rows:
+                self._claims.append((peer.worker, turn.continues))
+            if turn.ops:
+                # What goes on comes before the other operations of its turn and of those that follow.
+                self._claim()
+                self._core.submit(peer.worker, turn.ops)
             return
         if rows:
             peer.backlog.append(turn.continues)
         peer.backlog.extend(turn.ops)
+
+    def _claim(self) -> None:
+        """Take in the calls that go on, of all turns that have just come."""
+        if not self._claims:
+            return
+        claims, self._claims = self._claims, []
+        try:
+            self._core.claim(claims)
+        except Exception:
+            workers = {worker for worker, _ in claims}
+            log.exception("calls of workers %s could not be handled; closing their links", sorted(workers))
+            for peer in [peer for peer in self._workers.values() if peer.worker in workers]:
+                self._lost(peer)
 
     def _submit_backlog(self) -> None:
         """Take the next portion of what workers have asked; a new one is allowed for each step."""
@@ -345,6 +381,9 @@ class EngineServer:
             self._poll.modify(peer.link.fileno(), select.POLLIN | (select.POLLOUT if writing else 0))
 
     def _lost(self, peer: Peer) -> None:
+        self._claim()
+        if peer.link.fileno() < 0:
+            return  # one of those whose calls could not be handled
         descriptor = peer.link.fileno()
         self._poll.unregister(descriptor)
         del self._peers[descriptor]
