@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from realm.engine.kernels.attention_prefill import attention_prefill, most_tiles, prefill_tile, prefill_tiles
+from realm.engine.kernels.rotary import rope_and_store
 
 PAGE = 16
 WILD = 1 << 30
@@ -198,3 +202,31 @@ def make_linear(
         gated,
         add,
     )
+
+
+def prefill(case: Case, longest: int) -> torch.Tensor:
+    """Store the case's keys and values, and attend with tiles for chunks of up to ``longest`` tokens.
+
+    Some of the tiles are none, as in a step that is filled up.
+    """
+    shape = case.shape
+    slots, positions = case.ints(case.slots, torch.int64), case.ints(case.positions)
+    rope_and_store(case.qkv, case.cos, case.sin, positions, slots, case.cache)
+    starts = [sum(case.counts[:index]) for index in range(len(case.counts) + 1)]
+    group = shape.heads // shape.kv_heads
+    tile = prefill_tile(longest, group, shape.dim, case.qkv.dtype)
+    tiles = prefill_tiles(np.array(case.counts), np.array(case.contexts), group, tile)
+    filled = np.full((most_tiles(sum(case.counts), len(case.counts), group, tile), 2), -1, np.int32)
+    filled[: len(tiles)] = tiles
+    out = case.qkv.new_full((len(case.qkv), shape.heads * shape.dim), float("nan"))
+    attention_prefill(
+        case.qkv,
+        case.cache,
+        case.tables,
+        case.ints(starts),
+        case.ints(case.contexts),
+        torch.from_numpy(filled).to(out.device),
+        out,
+        tile=tile,
+    )
+    return out

@@ -74,7 +74,7 @@ def forward_pass(heads: int, kv_heads: int, dim: int, hidden: int, inner: int, d
     import torch
 
     from realm.engine.kernels.attention_decode import DecodeWorkspace, attention_decode
-    from realm.engine.kernels.attention_prefill import TILES, attention_prefill
+    from realm.engine.kernels.attention_prefill import TILES, attention_prefill, prefill_tile
     from realm.engine.kernels.elementwise import add_rms_norm, silu_mul
     from realm.engine.kernels.rotary import rope_and_store
     from realm.engine.kernels.skinny import skinny_linear
@@ -97,7 +97,8 @@ def forward_pass(heads: int, kv_heads: int, dim: int, hidden: int, inner: int, d
     for splits in (1, 8):
         attention_decode(qkv, angles, angles, cache, ints(rows, 4), ints(rows), out, workspace, splits=splits)
     for longest in TILES:
-        attention_prefill(qkv, cache, ints(1, 4), ints(2), ints(1), out, longest=longest)
+        tile = prefill_tile(longest, heads // kv_heads, dim, kind)
+        attention_prefill(qkv, cache, ints(1, 4), ints(2), ints(1), ints(1, 2), out, tile=tile)
     rope_and_store(qkv, angles, angles, ints(rows), ints(rows).long(), cache)
     add_rms_norm(floats(rows, hidden), floats(rows, hidden), floats(hidden), floats(rows, hidden), 1e-5, add=True)
     silu_mul(floats(rows, 2 * inner), floats(rows, inner))

@@ -11,6 +11,7 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -100,9 +101,14 @@ def prefill_launch(shape: Shape, chunks: int, count: int, context: int) -> tuple
     out = random(chunks * count, shape.heads * shape.dim)
     starts = torch.arange(chunks + 1, dtype=torch.int32, device=CUDA) * count
     contexts = torch.full((chunks,), context, dtype=torch.int32, device=CUDA)
+    group = shape.heads // shape.kv_heads
+    tile = prefilling.prefill_tile(count, group, shape.dim, qkv.dtype)
+    listed = prefilling.prefill_tiles(np.full(chunks, count), np.full(chunks, context), group, tile)
+    tiles = torch.from_numpy(listed).to(CUDA)
 
     def launch(number: int) -> None:
-        prefilling.attention_prefill(qkv, caches[number], caches.tables, starts, contexts, out, longest=count)
+        cache = caches[number]
+        prefilling.attention_prefill(qkv, cache, caches.tables, starts, contexts, tiles, out, tile=tile)
 
     return launch, 4 * chunks * shape.heads * shape.dim * count * (context + (count + 1) // 2)
 

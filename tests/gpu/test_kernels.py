@@ -8,11 +8,9 @@ import pytest
 import torch
 
 from realm.engine.kernels.attention_decode import DecodeWorkspace, attention_decode, decode_splits
-from realm.engine.kernels.attention_prefill import attention_prefill
 from realm.engine.kernels.elementwise import add_rms_norm, silu_mul
-from realm.engine.kernels.rotary import rope_and_store
 from realm.engine.kernels.skinny import SKINNY_ROWS, skinny_linear
-from tests.kernel_cases import Case, Shape, attended, make_case, make_linear, rotated, stored
+from tests.kernel_cases import Case, Shape, attended, make_case, make_linear, prefill, rotated, stored
 
 CUDA = torch.device("cuda")
 LLAMA_1B, SMOLLM, LLAMA_8B = Shape(32, 8, 64), Shape(9, 3, 64), Shape(32, 8, 128)
@@ -136,18 +134,6 @@ def test_prefill(shape: Shape, dtype: torch.dtype, contexts: list[int], counts: 
 def test_prefill_as_the_engine_launches_it(contexts: list[int], counts: list[int]) -> None:
     case = make_case(Shape(8, 2, 64), contexts, counts, dtype=torch.bfloat16, device="cuda")
     check_prefill(case, max(counts))
-
-
-def prefill(case: Case, longest: int) -> torch.Tensor:
-    """Store the case's keys and values, and attend."""
-    slots, positions = case.ints(case.slots, torch.int64), case.ints(case.positions)
-    rope_and_store(case.qkv, case.cos, case.sin, positions, slots, case.cache)
-    starts = [sum(case.counts[:index]) for index in range(len(case.counts) + 1)]
-    out = case.qkv.new_full((len(case.qkv), case.shape.heads * case.shape.dim), float("nan"))
-    attention_prefill(
-        case.qkv, case.cache, case.tables, case.ints(starts), case.ints(case.contexts), out, longest=longest
-    )
-    return out
 
 
 def check_prefill(case: Case, longest: int) -> None:

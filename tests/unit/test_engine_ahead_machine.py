@@ -7,6 +7,7 @@ at each call. What depends on when a step is computed is asked for only when not
 
 from __future__ import annotations
 
+import copy
 import math
 
 import msgspec
@@ -122,6 +123,7 @@ class AheadMachine(RuleBasedStateMachine):
             if but_limits and isinstance(mine, CallFailed) != isinstance(theirs, CallFailed):
                 failed = mine if isinstance(mine, CallFailed) else theirs
                 assert isinstance(failed, CallFailed) and failed.limit is not None and failed.limit.name == "kv_pages"
+                self.even(self.texts[seq][0])
                 self.op(FreeSequence(seq))
                 self.gone({seq})
                 continue
@@ -131,6 +133,12 @@ class AheadMachine(RuleBasedStateMachine):
                 self.drawn.pop(seq, None)
                 if p is not None:
                     self.drawn[seq] = mine.token
+
+    def even(self, tenant: str) -> None:
+        """A call was computed by one and failed by the other: it cost the tenant what the other gave back."""
+        plain, ahead = (side.engine.tenants.find(tenant) for side in self.sides)
+        assert plain is not None and ahead is not None
+        ahead.bucket = copy.copy(plain.bucket)
 
     def compare(self, mine: EngineResult, theirs: EngineResult) -> None:
         if isinstance(mine, ForwardDone) and isinstance(theirs, ForwardDone):

@@ -7,9 +7,8 @@ import torch
 
 import tests.interpreter  # noqa: F401
 from realm.engine.kernels.attention_decode import DecodeWorkspace, attention_decode, decode_splits
-from realm.engine.kernels.attention_prefill import attention_prefill
 from realm.engine.kernels.rotary import rope_and_store
-from tests.kernel_cases import Case, Shape, attended, make_case, rotated, stored
+from tests.kernel_cases import Case, Shape, attended, make_case, prefill, rotated, stored
 
 CPU = torch.device("cpu")
 SHAPES = [Shape(2, 2, 16), Shape(6, 2, 8), Shape(4, 1, 64), Shape(8, 1, 32), Shape(3, 1, 48), Shape(20, 1, 16)]
@@ -77,18 +76,6 @@ def test_splits_fill_the_device_and_no_more() -> None:
             assert 1 <= splits <= 64
 
 
-def prefill(case: Case) -> torch.Tensor:
-    """Store the case's keys and values, and attend."""
-    slots = case.ints(case.slots, torch.int64)
-    rope_and_store(case.qkv, case.cos, case.sin, case.ints(case.positions), slots, case.cache)
-    starts = [sum(case.counts[:index]) for index in range(len(case.counts) + 1)]
-    out = torch.full((len(case.qkv), case.shape.heads * case.shape.dim), float("nan"))
-    attention_prefill(
-        case.qkv, case.cache, case.tables, case.ints(starts), case.ints(case.contexts), out, longest=max(case.counts)
-    )
-    return out
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(
     ("contexts", "counts"),
@@ -102,7 +89,7 @@ def prefill(case: Case) -> torch.Tensor:
 def test_prefill_is_causal_attention_of_each_chunk(shape: Shape, contexts: list[int], counts: list[int]) -> None:
     case = make_case(shape, contexts, counts, seed=sum(counts))
     expected, cache = attended(case), stored(case)
-    torch.testing.assert_close(prefill(case).double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(prefill(case, max(counts)).double(), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(case.cache, cache, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 

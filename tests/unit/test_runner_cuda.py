@@ -229,13 +229,13 @@ def test_room_for_chunks_is_one_of_few_and_enough(runner: CudaRunner) -> None:
         chunks = [book.chunk(lane, [1] * rng.choice([1, 2, 15, 16, 17, 100])) for lane in lanes[decodes:]]
         shape, common = runner._chunks.shape(book.step(dict.fromkeys(lanes[:decodes], 1), chunks))
         counts = [len(chunk.tokens) for chunk in chunks]
-        needed = (decodes, sum(counts), len(chunks), max(counts))
+        needed = (decodes, sum(counts), len(chunks))
         assert all(room >= need for room, need in zip(shape, needed, strict=False))
         assert shape.outputs <= 8
         if common:
             rooms.add(shape)
         else:
-            assert shape[:4] == needed
+            assert shape[:3] == needed
     assert len(rooms) <= 20
 
 

@@ -2,13 +2,16 @@
 
 Tiles of queries walk over the keys with a running softmax (FlashAttention-2, Dao 2023). A row of a tile
 is one token and one query head of those that share a KV head (grouped queries, Ainslie et al. 2023), so
-that short chunks fill tiles too and each key is read once for its group.
+that short chunks fill tiles too and each key is read once for its group. The host lists the tiles of all
+chunks (:func:`prefill_tiles`), so a launch has as many programs as there is work, however long each chunk is.
 """
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import triton
 import triton.language as tl
@@ -17,7 +20,7 @@ from torch import Tensor
 from realm.engine.kernels.launching import Kernel, power_of_two
 
 TILES = (16, 64, 128)
-"""Rows of a tile. A launch takes the smallest that holds its longest chunk; each is compiled at its first use."""
+"""Rows of a tile; each is compiled at its first use."""
 
 BLOCK = 64
 """Keys of a tile, at most."""
@@ -81,7 +84,7 @@ def _attend(
 
 @triton.jit(
     do_not_specialize=["pages", "width"],
-    do_not_specialize_on_alignment=["tables", "starts", "contexts"],
+    do_not_specialize_on_alignment=["tables", "starts", "contexts", "tiles"],
 )
 def _attention_prefill_kernel(
     qkv: tl.tensor,
@@ -89,6 +92,7 @@ def _attention_prefill_kernel(
     tables: tl.tensor,
     starts: tl.tensor,
     contexts: tl.tensor,
+    tiles: tl.tensor,
     out: tl.tensor,
     pages: tl.tensor,
     width: tl.tensor,
@@ -102,13 +106,13 @@ def _attention_prefill_kernel(
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    # Later tiles see more keys: started first, they do not end last.
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    at_tile = tiles + tl.program_id(0) * 2
+    chunk = tl.load(at_tile)
     kv_head = tl.program_id(1)
-    chunk = tl.program_id(2)
-    first = tl.load(starts + chunk)
-    count = tl.load(starts + chunk + 1) - first
-    if tile * TILE < count * GROUP:
+    if chunk >= 0:
+        tile = tl.load(at_tile + 1)
+        first = tl.load(starts + chunk)
+        count = tl.load(starts + chunk + 1) - first
         context = tl.load(contexts + chunk)
         table = tables + chunk.to(tl.int64) * width
         values_at = pages.to(tl.int64) * (KV_HEADS * PAGE * DIM)
@@ -141,8 +145,45 @@ def _attention_prefill_kernel(
 ATTENTION_PREFILL = Kernel(_attention_prefill_kernel)
 
 
+def prefill_tile(longest: int, group: int, dim: int, dtype: torch.dtype) -> int:
+    """Rows of the tiles for chunks of up to ``longest`` tokens: the least of :data:`TILES` that holds one, if any
+    does. ``group``: query heads of a KV head, each ``dim`` wide."""
+    precise = dtype == torch.float32
+    block_dim = max(16, power_of_two(dim))
+    # float32 products use no tensor cores and twice the registers and shared memory.
+    largest = 128 if block_dim <= 128 and not precise else 64 if block_dim <= 64 or not precise else 16
+    return min(largest, next((tile for tile in TILES if tile >= longest * group), largest))
+
+
+def most_tiles(tokens: int, chunks: int, group: int, tile: int) -> int:
+    """The most tiles that so many chunks of so many tokens in all can have."""
+    return -(-tokens * group // tile) + chunks
+
+
+def prefill_tiles(
+    counts: npt.NDArray[np.int64], contexts: npt.NDArray[np.int64], group: int, tile: int
+) -> npt.NDArray[np.int32]:
+    """Every tile of chunks of ``counts`` tokens [m] after ``contexts`` [m]: (chunk, which of its tiles), int32 [t, 2].
+
+    Those that see most keys come first, so that they do not end last.
+    """
+    tiles = -(-counts * group // tile)
+    chunk = np.repeat(np.arange(len(counts)), tiles)
+    which = np.arange(len(chunk)) - np.repeat(np.cumsum(tiles) - tiles, tiles)
+    order = np.argsort(-(contexts[chunk] + which * tile // group), kind="stable")
+    return np.stack((chunk[order], which[order]), 1).astype(np.int32)
+
+
 def attention_prefill(
-    qkv: Tensor, cache: Tensor, tables: Tensor, starts: Tensor, contexts: Tensor, out: Tensor, *, longest: int
+    qkv: Tensor,
+    cache: Tensor,
+    tables: Tensor,
+    starts: Tensor,
+    contexts: Tensor,
+    tiles: Tensor,
+    out: Tensor,
+    *,
+    tile: int,
 ) -> None:
     """Attention of m chunks whose keys and values are in the cache already (``rope_and_store``).
 
@@ -150,24 +191,21 @@ def attention_prefill(
         qkv: [n, (heads + 2 * kv_heads) * head_dim], contiguous, queries rotated. bfloat16 or float32, as the cache.
         cache: one layer's, [2, pages, kv_heads, PAGE_SIZE, head_dim]; head_dim at most 256.
         tables: int32 [m, width], contiguous; row j is valid as far as chunk j's last token.
-        starts: int32 [m + 1]: chunk j is rows ``starts[j] .. starts[j + 1]`` of qkv; none at all is no work.
+        starts: int32 [m + 1]: chunk j is rows ``starts[j] .. starts[j + 1]`` of qkv.
         contexts: int32 [m], tokens of the sequence that are before the chunk.
+        tiles: int32 [t, 2], contiguous, see :func:`prefill_tiles`; chunk -1 is no tile.
         out: [n, heads * head_dim], contiguous; only rows of chunks are written.
-        longest: the longest chunk in tokens, or more.
+        tile: what ``tiles`` were made for, see :func:`prefill_tile`.
     """
     _, pages, kv_heads, page, dim = cache.shape
     group = out.shape[1] // dim // kv_heads
     precise = qkv.dtype == torch.float32
     block_dim = max(16, power_of_two(dim))
-    # float32 products use no tensor cores and twice the registers and shared memory.
-    largest = 128 if block_dim <= 128 and not precise else 64 if block_dim <= 64 or not precise else 16
-    tile = next((tile for tile in TILES if tile >= longest * group), largest)
-    tile = min(tile, largest)
     block = BLOCK if block_dim <= 128 and not precise else 32
     scale = dim**-0.5 * math.log2(math.e)
     ATTENTION_PREFILL.launch(
-        (-(-(longest * group) // tile), kv_heads, len(contexts)),
-        (qkv, cache, tables, starts, contexts, out),
+        (len(tiles), kv_heads, 1),
+        (qkv, cache, tables, starts, contexts, tiles, out),
         (pages, tables.stride(0)),
         (scale, group, kv_heads, dim, page, block_dim, tile, block, "ieee" if precise else "tf32"),
         warps=8 if precise or tile > 64 else 4,

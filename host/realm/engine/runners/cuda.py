@@ -22,12 +22,12 @@ from torch import Tensor
 from realm.engine.batch import Chunk, Decodes, Draws, Flags, Floats, StepBatch, StepResult
 from realm.engine.kv_cache import PAGE_SIZE
 from realm.engine.memory import is_out_of_memory
-from realm.engine.runners.cuda_buckets import Variant
+from realm.engine.runners.cuda_buckets import Variant, most_rows
 from realm.engine.runners.cuda_chunks import ChunkSteps
 from realm.engine.runners.cuda_decode import DecodeAttention, DecodeSteps
 from realm.engine.runners.cuda_draw import OutputRows
 from realm.engine.runners.cuda_kernels import copy_pages, copy_pages_at_once
-from realm.engine.runners.cuda_memory import GRAPH_TOKENS, block_bytes
+from realm.engine.runners.cuda_memory import block_bytes
 from realm.engine.runners.cuda_pass import DevicePass
 from realm.engine.runners.cuda_staging import Block, Results, new_event
 from realm.models.llama import LlamaModel
@@ -116,7 +116,7 @@ class CudaRunner:
             torch.cuda.synchronize(device)
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         with self._on_stream():
-            self._pass = DevicePass(model, pages, lanes)
+            self._pass = DevicePass(model, pages, lanes, most_rows(token_budget, rows))
             self._outputs = OutputRows(self._pass, rows)
             size = block_bytes(model.config, token_budget, rows)
             buffer = torch.empty(size, dtype=torch.uint8, device=device)
@@ -134,7 +134,7 @@ class CudaRunner:
             blocks = [slot.block for slot in self._slots]
             pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
             self._decodes = DecodeSteps(self._pass, self._outputs, attention, rows, blocks, pool)
-            self._chunks = ChunkSteps(self._pass, self._outputs, attention, rows, pool)
+            self._chunks = ChunkSteps(self._pass, self._outputs, attention, rows, token_budget, pool)
             self._tables = (attention.tables, self._chunks.tables)
             if device.type == "cuda":
                 self._start(token_budget, progress or _unwatched)
@@ -148,7 +148,9 @@ class CudaRunner:
 
     def _start(self, token_budget: int, progress: Progress) -> None:
         """Compile every kernel that a step may need, and capture what most steps do."""
-        work = [*self._prompts(token_budget), self._chunks.compile_tiles, self._copy_nothing, *self._decodes.first()]
+        block = self._slots[0].block
+        work = [self._pass.load_products, *self._prompts(token_budget), self._chunks.compile_tiles]
+        work += [self._copy_nothing, *self._decodes.first(), *self._chunks.first(block)]
         for done, part in enumerate(work, 1):
             part()
             progress(done, len(work))
@@ -158,21 +160,18 @@ class CudaRunner:
         copy_pages(self._pass.cache, spare, self._pass.cache, spare)
 
     def _prompts(self, token_budget: int) -> list[Callable[[], None]]:
-        """Steps of one prompt, on nobody's page: the largest, for the allocator, and those to be captured."""
+        """Steps of one prompt, on nobody's page: the largest, for what it takes, greedy and not."""
         most = min(token_budget, self.config.context_length)
-        counts = [1 << bits for bits in range(4, GRAPH_TOKENS.bit_length()) if 1 << bits <= most]
         none = np.zeros(0, np.int32)
         decodes = Decodes(none, none, none, np.zeros((0, 0), np.int32), 0)
         one = np.ones(1, np.float32)
 
-        def compute(count: int, temperature: Floats) -> None:
+        def compute(temperature: Floats) -> None:
             draws = Draws(temperature, np.zeros(1, np.int32), one, one * 0, np.zeros(1), np.zeros(1, np.bool_))
-            chunk = Chunk(np.zeros(count, np.uint32), 0, [self.pages] * -(-count // PAGE_SIZE), True)
+            chunk = Chunk(np.zeros(most, np.uint32), 0, [self.pages] * -(-most // PAGE_SIZE), True)
             self.launch(StepBatch(decodes, [chunk], draws)).wait()
 
-        # The second step of a kind is captured.
-        every = [most, *counts, *counts]
-        return [partial(compute, count, temperature) for temperature in (one * 0, one) for count in every]
+        return [partial(compute, temperature) for temperature in (one * 0, one)]
 
     @torch.inference_mode()
     def launch(self, batch: StepBatch) -> CudaStep:
@@ -212,7 +211,7 @@ class CudaRunner:
                 compute = self._decodes.prepare(slot.block, batch.decodes, batch.draws, variant)
             before = self._prepare_rare(slot.block, batch)
             rows = self._place_longs(slot.block, batch.logits) if batch.logits else None
-            slot.began.record()
+            slot.began.record(self._stream)
             slot.block.send()
             for part in before:
                 part()
@@ -221,7 +220,7 @@ class CudaRunner:
             compute()
             slot.results.fetch(batch.outputs, variant.logprobs)
             logits = None if rows is None else self._fetch_logits(rows)
-            slot.ended.record()
+            slot.ended.record(self._stream)
         slot.step = CudaStep(slot, batch.draws.logprob, logits)
         return slot.step
 

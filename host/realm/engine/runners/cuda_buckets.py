@@ -29,6 +29,47 @@ def fit(sizes: list[int], rows: int) -> int:
     return sizes[bisect_left(sizes, rows)]
 
 
+GRAPH_TOKENS = 2048
+"""Tokens of chunks up to which a step is captured; with more, the device takes longer than the launches."""
+
+_LEAST_TOKENS = 16
+_DECODES = (0, 8, 32, 64, 128, 256)
+_MOST_CHUNKS = 64
+_TOKENS_OF_CHUNK = 16
+
+
+class Room(NamedTuple):
+    """What a captured step with chunks has room for."""
+
+    decodes: int
+    tokens: int
+    chunks: int
+
+
+def chunk_rooms(token_budget: int, rows: int) -> list[Room]:
+    """Rooms to capture, ascending in tokens and then in decoding rows.
+
+    A prompt that arrives alone needs few chunks; many chunks of few tokens take the room of more tokens.
+
+    Args:
+        token_budget: most tokens of a step's chunks. rows: most output rows of a step.
+    """
+    rooms: list[Room] = []
+    tokens = _LEAST_TOKENS
+    while True:
+        chunks = min(_MOST_CHUNKS, max(4, tokens // _TOKENS_OF_CHUNK), rows)
+        most = rows - chunks
+        rooms += [Room(decodes, tokens, chunks) for decodes in [*(d for d in _DECODES if d < most), most]]
+        if tokens >= min(token_budget, GRAPH_TOKENS):
+            return rooms
+        tokens *= 2
+
+
+def most_rows(token_budget: int, rows: int) -> int:
+    """The most rows of any step, those that only fill it included."""
+    return max(token_budget, chunk_rooms(token_budget, rows)[-1].tokens) + rows
+
+
 class Variant(NamedTuple):
     """What a step's draws need: each combination is a graph of its own, so that no step pays for others.
 
@@ -49,7 +90,11 @@ class Variant(NamedTuple):
         return cls(greedy, not greedy and draws.filtered, bool(draws.masks), bool(draws.logprob.any()))
 
 
-COMMON = (Variant(True, False, False, False), Variant(False, False, False, False))
+COMMON = (
+    Variant(True, False, False, False),
+    Variant(False, False, False, False),
+    Variant(False, True, False, False),
+)
 """Captured at the start; the others when they are first needed."""
 
 RARE = tuple(

@@ -1,13 +1,13 @@
 """Steps with prompt chunks: one flat pass over decoding rows and the tokens of chunks.
 
 The launches of such a step take the host some 8 ms, the device 1 to 4 ms where there are not many tokens. So
-steps of up to :data:`GRAPH_TOKENS` tokens are filled up to one of a few shapes, and a shape that comes again
-is captured. Rows that only fill a step belong to no chunk and write to nobody's page and lane.
+steps of up to :data:`~realm.engine.runners.cuda_buckets.GRAPH_TOKENS` tokens are filled up to one of a few
+shapes that are captured at the start; only drawing is launched on its own, in whichever way a step draws. Rows
+that only fill a step belong to no chunk and write to nobody's page and lane.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,39 +16,37 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from realm.engine.batch import Chunk, StepBatch
-from realm.engine.kernels.attention_prefill import TILES, attention_prefill
+from realm.engine.batch import Chunk, Longs, StepBatch
+from realm.engine.kernels.attention_prefill import (
+    TILES,
+    attention_prefill,
+    most_tiles,
+    prefill_tile,
+    prefill_tiles,
+)
 from realm.engine.kernels.rotary import rope_and_store
 from realm.engine.kv_cache import PAGE_SIZE
-from realm.engine.runners.cuda_buckets import Variant
+from realm.engine.runners.cuda_buckets import Room, Variant, chunk_rooms
 from realm.engine.runners.cuda_decode import DecodeAttention, PageTables, captured_if_it_fits
 from realm.engine.runners.cuda_draw import OutputRows, fill_draws
-from realm.engine.runners.cuda_memory import GRAPH_TOKENS, MOST_CHUNK_GRAPHS
+from realm.engine.runners.cuda_memory import MOST_CHUNK_GRAPHS
 from realm.engine.runners.cuda_pass import DevicePass
-from realm.engine.runners.cuda_staging import Array, Block, DrawFields
-
-_DECODES = (0, 8, 32, 64, 128, 256, 512)
-_CHUNKS = (1, 4, 16, 64)
-_LEAST_TOKENS = 16
-
-
-def _least(sizes: tuple[int, ...], wanted: int) -> int:
-    """The least of ``sizes`` that is not less than ``wanted``."""
-    return sizes[bisect_left(sizes, wanted)]
+from realm.engine.runners.cuda_staging import Block
 
 
 class Shape(NamedTuple):
     """Rows that a step has room for.
 
     Attributes:
-        decodes: decoding rows. tokens: of all chunks. chunks: how many. longest: the longest chunk at most.
-        splits: of the decoding rows' contexts.
+        decodes: decoding rows. tokens: of all chunks. chunks: how many.
+        tile: rows of a tile of the chunks' attention. tiles: how many. splits: of the decoding rows' contexts.
     """
 
     decodes: int
     tokens: int
     chunks: int
-    longest: int
+    tile: int
+    tiles: int
     splits: int
 
     @property
@@ -67,15 +65,24 @@ class _Fields(NamedTuple):
     slots: Any
     starts: Any
     contexts: Any
+    tiles: Any
     outputs: Any
 
     @classmethod
     def place(cls, block: Block, shape: Shape) -> tuple[_Fields, _Fields]:
         rows, decodes, tokens, chunks = shape.decodes + shape.tokens, shape.decodes, shape.tokens, shape.chunks
-        kinds = (np.int32, np.int32, np.int32, np.int32, np.int64, np.int32, np.int32, np.int64)
-        counts = (rows, rows, decodes, tokens, tokens, chunks + 1, chunks, shape.outputs)
+        kinds = (np.int32, np.int32, np.int32, np.int32, np.int64, np.int32, np.int32, np.int32, np.int64)
+        counts = (rows, rows, decodes, tokens, tokens, chunks + 1, chunks, 2 * shape.tiles, shape.outputs)
         places = [block.place(kind, count) for kind, count in zip(kinds, counts, strict=True)]
         return cls(*(place[0] for place in places)), cls(*(place[1] for place in places))
+
+    def pad_device(self, spare_lane: int, spare_slot: int) -> None:
+        """Make every row on the device one that only fills a step."""
+        for values in (self.tokens, self.lengths, self.positions, self.starts, self.contexts, self.outputs):
+            values.zero_()
+        self.lanes.fill_(spare_lane)
+        self.slots.fill_(spare_slot)
+        self.tiles.fill_(-1)
 
 
 class ChunkSteps:
@@ -91,49 +98,79 @@ class ChunkSteps:
         outputs: OutputRows,
         attention: DecodeAttention,
         rows: int,
+        token_budget: int,
         pool: Any,
     ) -> None:
-        """``rows``: most output rows of a step. ``pool``: of graphs' memory; None computes without graphs."""
+        """``rows``: most output rows of a step. ``token_budget``: most tokens of its chunks. ``pool``: of graphs'
+        memory; None computes without graphs."""
         config, device = device_pass.model.config, device_pass.model.device
         self._pass = device_pass
         self._outputs = outputs
         self._attention = attention
         self._rows = rows
         self._pool = pool
+        self._group = config.heads // config.kv_heads
         self._spare_lane = len(device_pass.lane_tokens) - 1
         self._spare_slot = (device_pass.cache.shape[2] - 1) * PAGE_SIZE
-        self._seen: set[tuple[Shape, Variant]] = set()
-        self._graphs: dict[tuple[Shape, Variant], Callable[[], None]] = {}
+        self._rooms = chunk_rooms(token_budget, rows)
+        self._most_graphs = len(self._rooms) + MOST_CHUNK_GRAPHS
+        self._seen: set[Shape] = set()
+        self._graphs: dict[Shape, Callable[[], None]] = {}
         self.tables = PageTables(rows, -(-config.context_length // PAGE_SIZE), device)
 
     def shape(self, batch: StepBatch) -> tuple[Shape, bool]:
         """The room that a step is given, and whether that is one of the few shapes that are captured; where
         there is none, it is exactly what the step needs."""
         decodes, chunks = len(batch.decodes), len(batch.chunks)
-        lengths = [len(chunk.tokens) for chunk in batch.chunks]
-        tokens = sum(lengths)
-        if tokens <= GRAPH_TOKENS and decodes <= _DECODES[-1] and chunks <= _CHUNKS[-1]:
-            filled = max(_LEAST_TOKENS, 1 << (tokens - 1).bit_length())
-            rows = _least(_DECODES, decodes)
-            room = Shape(rows, filled, _least(_CHUNKS, chunks), filled, self._splits(rows, batch))
-            if room.outputs <= self._rows:
-                return room, True
-        return Shape(decodes, tokens, chunks, max(lengths), self._splits(decodes, batch)), False
+        counts = np.array([len(chunk.tokens) for chunk in batch.chunks])
+        tokens = int(counts.sum())
+        longest = batch.decodes.longest
+        for room in self._rooms:
+            if tokens <= room.tokens and chunks <= room.chunks and decodes <= room.decodes:
+                return self._filled(room, longest), True
+        tile = self._tile(int(counts.max()))
+        tiles = int((-(-counts * self._group // tile)).sum())
+        return Shape(decodes, tokens, chunks, tile, tiles, self._splits(decodes, longest)), False
 
-    def _splits(self, rows: int, batch: StepBatch) -> int:
-        return self._attention.splits(rows, batch.decodes.longest) if rows else 1
+    def _filled(self, room: Room, longest: int) -> Shape:
+        tile = self._tile(room.tokens)
+        tiles = most_tiles(room.tokens, room.chunks, self._group, tile)
+        return Shape(room.decodes, room.tokens, room.chunks, tile, tiles, self._splits(room.decodes, longest))
+
+    def _tile(self, longest: int) -> int:
+        model = self._pass.model
+        return prefill_tile(longest, self._group, model.config.head_dim, model.dtype)
+
+    def _splits(self, rows: int, longest: int) -> int:
+        return self._attention.splits(rows, longest) if rows else 1
+
+    def first(self, block: Block) -> list[Callable[[], None]]:
+        """What has to be done before the first step: every room captured, for contexts of usual length."""
+        # The largest first: the smaller ones then find their memory in the pool.
+        shapes = [self._filled(room, 1) for room in reversed(self._rooms)]
+        return [partial(self._rehearse, block, shape) for shape in shapes]
+
+    def _rehearse(self, block: Block, shape: Shape) -> None:
+        """Compute a step of rows that only fill it, and capture that."""
+        block.reset()
+        _, fields = _Fields.place(block, shape)
+        fields.pad_device(self._spare_lane, self._spare_slot)
+        compute = partial(self._compute, shape, fields)
+        compute()
+        if self._pool is not None:
+            self._graphs[shape] = captured_if_it_fits(compute, self._pool)
 
     def compile_tiles(self) -> None:
         """Launch the attention of chunks with every tile that it may take, on no chunk at all."""
         model, pages = self._pass.model, self._pass.cache[0]
         config = model.config
-        group = config.heads // config.kv_heads
         width = (config.heads + 2 * config.kv_heads) * config.head_dim
         qkv = torch.zeros((1, width), dtype=model.dtype, device=model.device)
         out = torch.zeros((1, config.heads * config.head_dim), dtype=model.dtype, device=model.device)
-        none = torch.zeros(2, dtype=torch.int32, device=model.device)
-        for tile in TILES:
-            attention_prefill(qkv, pages, self.tables.device[:1], none, none[:1], out, longest=max(1, tile // group))
+        none = torch.full((2,), -1, dtype=torch.int32, device=model.device)
+        for longest in TILES:
+            tile = self._tile(max(1, longest // self._group))
+            attention_prefill(qkv, pages, self.tables.device[:1], none, none[:1], none.view(1, 2), out, tile=tile)
 
     def prepare(self, block: Block, batch: StepBatch, variant: Variant) -> Callable[[], None]:
         """Write a step's inputs to ``block``; returns what computes it once the block was sent.
@@ -146,19 +183,28 @@ class ChunkSteps:
             raise ValueError(f"a step of {shape.outputs} sequences; the runner has {self._rows} output rows")
         block.reset()
         host, device = _Fields.place(block, shape)
-        draws, device_draws = block.draws(shape.outputs)
+        draws, device_draws = block.draws(batch.outputs)
         self._write_decodes(block, host, shape, batch)
         self._write_chunks(block, host, shape, batch.chunks)
-        self._write_outputs(host, draws, shape, batch)
+        draws.lanes[:] = self._write_outputs(host, shape, batch)
         fill_draws(draws, batch.draws, variant)
-        compute = partial(self._compute, shape, variant, device, device_draws)
-        key = (shape, variant)
-        graph = self._graphs.get(key)
-        if graph is None and common and self._pool is not None:
-            # The first step of a kind compiles what it needs; the second one is captured.
-            if key in self._seen and len(self._graphs) < MOST_CHUNK_GRAPHS:
-                graph = self._graphs[key] = captured_if_it_fits(compute, self._pool)
-            self._seen.add(key)
+        forward: Callable[[], None] = partial(self._compute, shape, device)
+        if common and self._pool is not None:
+            forward = self._graph(shape, forward)
+
+        def compute() -> None:
+            forward()
+            if batch.outputs:
+                self._outputs.draw(batch.outputs, device_draws, variant)
+
+        return compute
+
+    def _graph(self, shape: Shape, compute: Callable[[], None]) -> Callable[[], None]:
+        """What computes a shape; a kind that was not captured at the start is when it comes for the second time."""
+        graph = self._graphs.get(shape)
+        if graph is None and shape in self._seen and len(self._graphs) < self._most_graphs:
+            graph = self._graphs[shape] = captured_if_it_fits(compute, self._pool)
+        self._seen.add(shape)
         return compute if graph is None else graph
 
     def _write_decodes(self, block: Block, host: _Fields, shape: Shape, batch: StepBatch) -> None:
@@ -173,48 +219,52 @@ class ChunkSteps:
             self._attention.place(block, decodes)
 
     def _write_chunks(self, block: Block, host: _Fields, shape: Shape, chunks: list[Chunk]) -> None:
-        width = max(-(-(chunk.start + len(chunk.tokens)) // PAGE_SIZE) for chunk in chunks)
-        tables = np.zeros((len(chunks), width), np.int32)
-        end = 0
+        counts: Longs = np.array([len(chunk.tokens) for chunk in chunks], np.int64)
+        contexts: Longs = np.array([chunk.start for chunk in chunks], np.int64)
+        used = -(-(contexts + counts) // PAGE_SIZE)
+        tables = np.zeros((len(chunks), int(used.max())), np.int32)
+        for at, (chunk, width) in enumerate(zip(chunks, used.tolist(), strict=True)):
+            tables[at, :width] = chunk.pages[:width]
+        ends = np.cumsum(counts)
+        end = int(ends[-1])
         host.starts[0] = 0
-        for at, chunk in enumerate(chunks):
-            begin, end = end, end + len(chunk.tokens)
-            host.starts[at + 1] = end
-            host.contexts[at] = chunk.start
-            used = -(-(chunk.start + end - begin) // PAGE_SIZE)
-            tables[at, :used] = chunk.pages[:used]
-            host.tokens[shape.decodes + begin : shape.decodes + end] = chunk.tokens
-            where = np.arange(chunk.start, chunk.start + end - begin)
-            host.positions[begin:end] = where
-            host.slots[begin:end] = tables[at, where // PAGE_SIZE] * np.int64(PAGE_SIZE) + where % PAGE_SIZE
-        host.tokens[shape.decodes + end :] = 0
-        host.positions[end:] = 0
-        host.slots[end:] = self._spare_slot
+        host.starts[1 : len(chunks) + 1] = ends
         host.starts[len(chunks) + 1 :] = end
+        host.contexts[: len(chunks)] = contexts
         host.contexts[len(chunks) :] = 0
+        host.tokens[shape.decodes : shape.decodes + end] = np.concatenate([chunk.tokens for chunk in chunks])
+        host.tokens[shape.decodes + end :] = 0
+        where = np.arange(end) + np.repeat(contexts - (ends - counts), counts)
+        host.positions[:end] = where
+        host.positions[end:] = 0
+        pages = tables[np.repeat(np.arange(len(chunks)), counts), where // PAGE_SIZE]
+        host.slots[:end] = pages * np.int64(PAGE_SIZE) + where % PAGE_SIZE
+        host.slots[end:] = self._spare_slot
+        tiles = prefill_tiles(counts, contexts, self._group, shape.tile).reshape(-1)
+        host.tiles[: len(tiles)] = tiles
+        host.tiles[len(tiles) :] = -1
         self.tables.place(block, tables)
 
-    def _write_outputs(self, host: _Fields, draws: DrawFields[Array], shape: Shape, batch: StepBatch) -> None:
+    def _write_outputs(self, host: _Fields, shape: Shape, batch: StepBatch) -> list[int]:
+        """Which rows give logits; returns the lanes that keep their tokens."""
         count, outputs = len(batch.decodes), batch.outputs
         drawing = [at for at, chunk in enumerate(batch.chunks) if chunk.draws]
         host.outputs[:count] = np.arange(count)
         host.outputs[count:outputs] = [shape.decodes + host.starts[at + 1] - 1 for at in drawing]
         host.outputs[outputs:] = 0
         lanes = [batch.chunks[at].lane for at in drawing]
-        draws.lanes[:count] = batch.decodes.lanes
-        draws.lanes[count:outputs] = [self._spare_lane if lane < 0 else lane for lane in lanes]
-        draws.lanes[outputs:] = self._spare_lane
+        return [*batch.decodes.lanes.tolist(), *(self._spare_lane if lane < 0 else lane for lane in lanes)]
 
-    def _compute(self, shape: Shape, variant: Variant, fields: _Fields, draws: DrawFields[Tensor]) -> None:
+    def _compute(self, shape: Shape, fields: _Fields) -> None:
         model, first = self._pass.model, shape.decodes
-        tables = self.tables.device[: shape.chunks]
+        tables, tiles = self.tables.device[: shape.chunks], fields.tiles.view(-1, 2)
 
         def attend(qkv: Tensor, pages: Tensor, out: Tensor) -> None:
             if first:
                 self._attention(qkv[:first], pages, fields.lengths, out[:first], shape.splits)
             some = qkv[first:]
             rope_and_store(some, model.cos, model.sin, fields.positions, fields.slots, pages)
-            attention_prefill(some, pages, tables, fields.starts, fields.contexts, out[first:], longest=shape.longest)
+            attention_prefill(some, pages, tables, fields.starts, fields.contexts, tiles, out[first:], tile=shape.tile)
 
         hidden = self._pass.hidden(fields.tokens, fields.lanes, attend, every=False)
-        self._outputs.draw(hidden.rows(fields.outputs), draws, variant)
+        self._outputs.compute(hidden.rows(fields.outputs))

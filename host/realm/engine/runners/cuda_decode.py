@@ -264,4 +264,5 @@ class DecodeSteps:
             self._attention(qkv, pages, fields.device_lengths, out, splits)
 
         hidden = self._pass.hidden(fields.device_tokens, fields.device_draws.lanes, attend, every=True)
-        self._outputs.draw(hidden, fields.device_draws, variant)
+        self._outputs.compute(hidden)
+        self._outputs.draw(size, fields.device_draws, variant)

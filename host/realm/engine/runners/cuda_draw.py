@@ -74,11 +74,13 @@ class OutputRows:
         """Give output rows, int64 [m], the masks that :meth:`place_masks` placed."""
         self._masks.index_copy_(0, rows, words)
 
-    def draw(self, hidden: Hidden, fields: DrawFields[Tensor], variant: Variant) -> None:
-        """Logits and tokens of the rows; lanes keep the tokens."""
-        count = len(hidden.residual)
+    def compute(self, hidden: Hidden) -> None:
+        """Logits of the rows."""
+        self._pass.logits(hidden, self.logits[: len(hidden.residual)])
+
+    def draw(self, count: int, fields: DrawFields[Tensor], variant: Variant) -> None:
+        """Tokens of the first ``count`` rows, from their logits; lanes keep them."""
         tokens, logits = self.tokens[:count], self.logits[:count]
-        self._pass.logits(hidden, logits)
         draws = DeviceDraws(
             fields.temperature,
             fields.top_k,

@@ -6,17 +6,14 @@ import torch
 
 from realm.engine.kernels.sampling import DeviceSampler
 from realm.engine.kv_cache import PAGE_SIZE
-from realm.engine.runners.cuda_buckets import COMMON, bucket_sizes
+from realm.engine.runners.cuda_buckets import COMMON, bucket_sizes, chunk_rooms, most_rows
 from realm.models.config import ModelConfig
 
 MOST_PARTS = 4096
 """Decoding rows times the parts of their contexts; bounds the memory in which the parts meet."""
 
-GRAPH_TOKENS = 2048
-"""Tokens of chunks up to which a step is captured; with more, the device takes longer than the launches."""
-
-MOST_CHUNK_GRAPHS = 64
-"""Graphs of steps with chunks that are kept; kinds of steps that come later do without."""
+MOST_CHUNK_GRAPHS = 32
+"""Graphs of steps with chunks that are kept beside those of the start; kinds that come later do without."""
 
 MOST_RARE_GRAPHS = 128
 """Graphs of decode steps that are kept beside those of the start; the same then."""
@@ -32,11 +29,12 @@ def block_bytes(config: ModelConfig, token_budget: int, rows: int) -> int:
     """Bytes that hold the inputs of any step of up to ``rows`` output rows and ``token_budget`` tokens of chunks.
 
     An input token takes up to 32 bytes and may be filled up to twice as many; an output row takes 48 with its
-    draw, its mask and its page table besides.
+    draw, its mask and its page table besides. Tiles of attention take 8 bytes and have 16 rows at least.
     """
+    group = config.heads // config.kv_heads
     table = 4 * -(-config.context_length // PAGE_SIZE)
     mask = 4 * -(-config.vocab_size // 32)
-    return (token_budget + rows) * 64 + rows * (128 + 2 * table + mask) + (1 << 16)
+    return (token_budget + rows) * (64 + group) + rows * (128 + 2 * table + mask) + (1 << 16)
 
 
 def activation_bytes(config: ModelConfig, dtype: torch.dtype, token_budget: int, lanes: int) -> int:
@@ -47,14 +45,15 @@ def activation_bytes(config: ModelConfig, dtype: torch.dtype, token_budget: int,
     rows = max(1, lanes // 2)
     heads = config.heads * config.head_dim
     qkv = heads + 2 * config.kv_heads * config.head_dim
-    # A layer's live tensors at the widest: the residual stream, its norm, both results, and the gated pair.
-    widest = 4 * config.hidden_size + heads + qkv + 3 * config.intermediate_size
-    chunks = (token_budget + rows) * widest * dtype.itemsize
-    # The graphs' pool: the largest one's, and what smaller ones could not use again.
-    captured = 2 * (rows + min(token_budget, GRAPH_TOKENS)) * widest * dtype.itemsize
+    # What is between the weights: the residual stream, its norm, a block's result, and the gated pair.
+    between = 3 * config.hidden_size + heads + max(qkv, 2 * config.intermediate_size) + config.intermediate_size
+    chunks = most_rows(token_budget, rows) * between * dtype.itemsize
+    # Hidden states of output rows, in the graphs' pool and for steps without one.
+    captured = 2 * 4 * rows * config.hidden_size * dtype.itemsize
     logits = rows * config.vocab_size * (dtype.itemsize + 4)
     parts = max(MOST_PARTS, rows) * config.heads * (config.head_dim + 2) * 4
     count = MOST_CHUNK_GRAPHS + MOST_RARE_GRAPHS + len(bucket_sizes(rows)) * len(COMMON)
+    count += len(chunk_rooms(token_budget, rows))
     graphs = count * config.layers * GRAPH_BYTES_PER_LAYER
     static = block_bytes(config, token_budget, rows) + rows * (
         2 * 4 * -(-config.context_length // PAGE_SIZE) + 4 * -(-config.vocab_size // 32)

@@ -17,7 +17,10 @@ from realm.engine.kernels.elementwise import add_rms_norm, silu_mul
 from realm.engine.kernels.skinny import SKINNY_ROWS, skinny_linear
 from realm.engine.kv_cache import PAGE_SIZE
 from realm.engine.runners.cuda_kernels import embed
-from realm.models.llama import LlamaModel
+from realm.models.llama import Linear, LlamaModel
+
+_PRODUCT_ROWS = 128
+"""Rows that sizes are apart at which :meth:`DevicePass.load_products` looks for kernels."""
 
 FEW_ROWS = SKINNY_ROWS
 """Rows up to which a pass is made of our own matrix products, in which the small kernels are fused."""
@@ -45,6 +48,14 @@ class Hidden(NamedTuple):
         return Hidden(last, self.residual.index_select(0, numbers))
 
 
+def _product(x: Tensor, w: Linear, out: Tensor) -> None:
+    """``x @ w.weight.T + w.bias`` into ``out``."""
+    if w.bias is None:
+        torch.mm(x, w.weight.t(), out=out)
+    else:
+        torch.addmm(w.bias, x, w.weight.t(), out=out)
+
+
 class DevicePass:
     """A model, and the keys and values of its pages.
 
@@ -52,16 +63,29 @@ class DevicePass:
         cache: [layers, 2, pages + 1, kv_heads, PAGE_SIZE, head_dim], keys first. The last page is nobody's:
             rows that only fill a batch write there.
         lane_tokens: int32 [lanes + 1], the token that each lane drew last. The last lane is nobody's.
+        rows: most rows of a pass.
     """
 
-    def __init__(self, model: LlamaModel, pages: int, lanes: int) -> None:
+    def __init__(self, model: LlamaModel, pages: int, lanes: int, rows: int) -> None:
         config = model.config
         self.model = model
+        self.rows = rows
         shape = (config.layers, 2, pages + 1, config.kv_heads, PAGE_SIZE, config.head_dim)
         # Not cleared: no kernel loads a position that its sequence has not written.
         self.cache = torch.empty(shape, dtype=model.dtype, device=model.device)
         self.lane_tokens = torch.zeros(lanes + 1, dtype=torch.int32, device=model.device)
         self._layers = list(zip(model.layers, self.cache.unbind(0), strict=True))
+
+        def space(width: int) -> Tensor:
+            return torch.zeros((rows, width), dtype=model.dtype, device=model.device)
+
+        # All that is between the weights, for every pass: they run one after another. The allocator would take
+        # memory anew for a step larger than those before, which may wait for the device.
+        heads = config.heads * config.head_dim
+        self._qkv_width = heads + 2 * config.kv_heads * config.head_dim
+        self._residual, self._normed, self._block = (space(config.hidden_size) for _ in range(3))
+        self._attended, self._active = space(heads), space(config.intermediate_size)
+        self._wide = space(max(self._qkv_width, 2 * config.intermediate_size)).view(-1)
 
     def hidden(self, tokens: Tensor, lanes: Tensor, attend: Attend, *, every: bool) -> Hidden:
         """Compute all layers for int32 ``tokens`` [n]; a negative one stands for what its lane drew last.
@@ -69,20 +93,19 @@ class DevicePass:
         ``every``: ``attend`` writes every row; otherwise it may leave out rows that only fill the batch.
         """
         count, model = len(tokens), self.model
-        residual = torch.empty((count, model.config.hidden_size), dtype=model.dtype, device=model.device)
+        residual, attended = self._residual[:count], self._attended[:count]
         embed(tokens, lanes, self.lane_tokens, model.embedding, residual)
-        shape = (count, model.config.heads * model.config.head_dim)
-        # What was in memory before would do no harm, but might look like a fault: infinities, NaN.
-        attended = residual.new_empty(shape) if every else residual.new_zeros(shape)
+        if not every:
+            # What was in memory before would do no harm, but might look like a fault: infinities, NaN.
+            attended.zero_()
         layers = self._few if count <= FEW_ROWS else self._many
         return layers(residual, attended, attend)
 
     def _few(self, residual: Tensor, attended: Tensor, attend: Attend) -> Hidden:
         """A layer of few rows in five launches."""
-        config, eps = self.model.config, self.model.config.norm_eps
+        eps = self.model.config.norm_eps
         count = len(residual)
-        qkv = residual.new_empty((count, (config.heads + 2 * config.kv_heads) * config.head_dim))
-        active = residual.new_empty((count, config.intermediate_size))
+        qkv, active = self._wide_rows(count, self._qkv_width), self._active[:count]
         for layer, pages in self._layers:
             norm, w = layer.input_norm, layer.qkv
             skinny_linear(residual, w.weight, qkv, bias=w.bias, gain=norm, eps=eps)
@@ -95,18 +118,38 @@ class DevicePass:
 
     def _many(self, residual: Tensor, attended: Tensor, attend: Attend) -> Hidden:
         """Layers of a library's matrix products. What a block gives is added to the residual by the next norm."""
-        config, eps = self.model.config, self.model.config.norm_eps
+        eps = self.model.config.norm_eps
         count = len(residual)
-        normed = torch.empty_like(residual)
-        active = residual.new_empty((count, config.intermediate_size))
+        normed, block, active = self._normed[:count], self._block[:count], self._active[:count]
+        # Queries, keys and values are done with when the gated pair is computed.
+        qkv = self._wide_rows(count, self._qkv_width)
+        pair = self._wide_rows(count, 2 * self.model.config.intermediate_size)
         x, add = residual, False
         for layer, pages in self._layers:
             add_rms_norm(x, residual, layer.input_norm, normed, eps, add=add)
-            attend(layer.qkv(normed), pages, attended)
-            add_rms_norm(layer.output(attended), residual, layer.post_norm, normed, eps, add=True)
-            silu_mul(layer.gate_up(normed), active)
-            x, add = layer.down(active), True
+            _product(normed, layer.qkv, qkv)
+            attend(qkv, pages, attended)
+            _product(attended, layer.output, block)
+            add_rms_norm(block, residual, layer.post_norm, normed, eps, add=True)
+            _product(normed, layer.gate_up, pair)
+            silu_mul(pair, active)
+            _product(active, layer.down, block)
+            x, add = block, True
         return Hidden(x, residual)
+
+    def _wide_rows(self, count: int, width: int) -> Tensor:
+        return self._wide[: count * width].view(count, width)
+
+    def load_products(self) -> None:
+        """Multiply once with every few numbers of rows up to the most. The library has kernels for many sizes, and
+        loads one when it first chooses it; that may wait for all that the device has to do."""
+        layer, config = self.model.layers[0], self.model.config
+        for count in range(_PRODUCT_ROWS, self.rows + 1, _PRODUCT_ROWS):
+            normed, block, active = self._normed[:count], self._block[:count], self._active[:count]
+            _product(normed, layer.qkv, self._wide_rows(count, self._qkv_width))
+            _product(self._attended[:count], layer.output, block)
+            _product(normed, layer.gate_up, self._wide_rows(count, 2 * config.intermediate_size))
+            _product(active, layer.down, block)
 
     def logits(self, hidden: Hidden, out: Tensor) -> None:
         """Logits of rows of :meth:`hidden`'s result into ``out`` [n, vocab_size]; changes what is given."""

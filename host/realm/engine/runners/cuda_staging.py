@@ -34,8 +34,8 @@ A = TypeVar("A", Array, Tensor)
 class Event(Protocol):
     """A point in a stream, as :class:`torch.cuda.Event` has it."""
 
-    def record(self) -> None:
-        """Put the point after all that was launched so far."""
+    def record(self, stream: Any) -> None:
+        """Put the point after all that was launched so far on ``stream``."""
         ...
 
     def query(self) -> bool:
@@ -57,7 +57,7 @@ class HostEvent:
     def __init__(self) -> None:
         self._at = 0.0
 
-    def record(self) -> None:
+    def record(self, stream: Any) -> None:
         """See :class:`Event`."""
         self._at = time.perf_counter()
 
