@@ -30,12 +30,16 @@ def fit(sizes: list[int], rows: int) -> int:
 
 
 GRAPH_TOKENS = 2048
-"""Tokens of chunks up to which a step is captured; with more, the device takes longer than the launches."""
+"""Tokens of chunks up to which any step is filled up and captured; with more, filling up costs too much."""
+
+_FULL = 7 / 8
+"""Part of the token budget from which on a step counts as full, and is filled up too: where prompts wait, most are."""
 
 _LEAST_TOKENS = 16
 _DECODES = (0, 8, 32, 64, 128, 256)
 _MOST_CHUNKS = 64
 _TOKENS_OF_CHUNK = 16
+_TOKENS_OF_FULL_CHUNK = 64
 
 
 class Room(NamedTuple):
@@ -44,6 +48,11 @@ class Room(NamedTuple):
     decodes: int
     tokens: int
     chunks: int
+
+    def holds(self, decodes: int, tokens: int, chunks: int) -> bool:
+        """Whether a step fits, and does not leave too much of it empty."""
+        fits = tokens <= self.tokens and chunks <= self.chunks and decodes <= self.decodes
+        return fits and (self.tokens <= GRAPH_TOKENS or tokens >= _FULL * self.tokens)
 
 
 def chunk_rooms(token_budget: int, rows: int) -> list[Room]:
@@ -54,20 +63,24 @@ def chunk_rooms(token_budget: int, rows: int) -> list[Room]:
     Args:
         token_budget: most tokens of a step's chunks. rows: most output rows of a step.
     """
-    rooms: list[Room] = []
     tokens = _LEAST_TOKENS
-    while True:
-        chunks = min(_MOST_CHUNKS, max(4, tokens // _TOKENS_OF_CHUNK), rows)
+    sizes = [(tokens, 4)]
+    while tokens < min(token_budget, GRAPH_TOKENS):
+        tokens *= 2
+        sizes.append((tokens, min(_MOST_CHUNKS, max(4, tokens // _TOKENS_OF_CHUNK))))
+    if token_budget > GRAPH_TOKENS:
+        sizes.append((token_budget, max(_MOST_CHUNKS, token_budget // _TOKENS_OF_FULL_CHUNK)))
+    rooms: list[Room] = []
+    for tokens, wanted in sizes:
+        chunks = min(wanted, max(1, rows // 2))
         most = rows - chunks
         rooms += [Room(decodes, tokens, chunks) for decodes in [*(d for d in _DECODES if d < most), most]]
-        if tokens >= min(token_budget, GRAPH_TOKENS):
-            return rooms
-        tokens *= 2
+    return rooms
 
 
 def most_rows(token_budget: int, rows: int) -> int:
     """The most rows of any step, those that only fill it included."""
-    return max(token_budget, chunk_rooms(token_budget, rows)[-1].tokens) + rows
+    return chunk_rooms(token_budget, rows)[-1].tokens + rows
 
 
 class Variant(NamedTuple):

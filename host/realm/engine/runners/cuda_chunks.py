@@ -1,9 +1,10 @@
 """Steps with prompt chunks: one flat pass over decoding rows and the tokens of chunks.
 
 The launches of such a step take the host some 8 ms, the device 1 to 4 ms where there are not many tokens. So
-steps of up to :data:`~realm.engine.runners.cuda_buckets.GRAPH_TOKENS` tokens are filled up to one of a few
-shapes that are captured at the start; only drawing is launched on its own, in whichever way a step draws. Rows
-that only fill a step belong to no chunk and write to nobody's page and lane.
+steps of up to :data:`~realm.engine.runners.cuda_buckets.GRAPH_TOKENS` tokens, and those that spend nearly the
+whole token budget, are filled up to one of a few shapes that are captured at the start; only drawing is launched
+on its own, in whichever way a step draws. Rows that only fill a step belong to no chunk and write to nobody's
+page and lane.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ class ChunkSteps:
         tokens = int(counts.sum())
         longest = batch.decodes.longest
         for room in self._rooms:
-            if tokens <= room.tokens and chunks <= room.chunks and decodes <= room.decodes:
+            if room.holds(decodes, tokens, chunks):
                 return self._filled(room, longest), True
         tile = self._tile(int(counts.max()))
         tiles = int((-(-counts * self._group // tile)).sum())
