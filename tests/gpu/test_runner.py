@@ -21,7 +21,7 @@ from realm.messages import SamplingParams
 from realm.models.config import ModelConfig
 from realm.models.llama import LlamaModel
 from realm.models.loading import load_weights, random_weights
-from realm.models.shapes import SHAPES
+from realm.models.shapes import SHAPES, write_shape
 from tests.runner_book import Book
 from tests.tiny import VARIANTS, make_model, oracle_logits
 
@@ -257,4 +257,41 @@ def test_memory_stays_within_the_estimate_and_long_contexts_agree() -> None:
         assert by_chunk is not None
         error = np.linalg.norm(by_decode - by_chunk, axis=1) / np.linalg.norm(by_chunk, axis=1)
         assert (error < 0.03).all(), error
+    runner.close()
+
+
+@pytest.mark.parametrize("shape", ["smollm2-135m", "llama-3.2-1b"])
+def test_bfloat16_logits_are_near_those_of_float64(tmp_path: Path, shape: str) -> None:
+    """Prompt chunks and decoding, alone and in a batch, against transformers in float64 with the same weights."""
+    write_shape(tmp_path, shape)
+    config = dataclasses.replace(SHAPES[shape], context_length=1024)
+    with torch.inference_mode():
+        weights = random_weights(config, dtype=torch.bfloat16, device=CUDA)
+        definition = transformers.AutoConfig.from_pretrained(tmp_path)
+        with CUDA:
+            reference = transformers.LlamaForCausalLM(definition).double().eval()
+        missing = reference.load_state_dict({name: w.double() for name, w in weights.items()}, strict=False)
+        assert set(missing.missing_keys) <= {"lm_head.weight"}, "tied to the embedding"
+        assert not missing.unexpected_keys
+        rng = np.random.default_rng(1)
+        texts = {lane: rng.integers(0, config.vocab_size, 5 + 37 * lane).tolist() for lane in range(9)}
+        expected = [
+            reference(torch.tensor([[*text, 7]], device=CUDA)).logits[0, -2:].cpu().numpy() for text in texts.values()
+        ]
+        del reference
+        runner = CudaRunner(LlamaModel(config, weights), pages=600, lanes=64, token_budget=2048)
+    book = Book(runner)
+    by_chunk = runner.launch(book.step({}, [book.chunk(lane, text) for lane, text in texts.items()], logits=range(9)))
+    together = runner.launch(book.step(dict.fromkeys(texts, 7), logits=range(9)))
+    found = {"chunks": by_chunk.wait().logits, "together": together.wait().logits}
+    for lane in texts:
+        book.lengths[lane] -= 1  # once more, in its place
+    alone = [runner.launch(book.step({lane: 7}, logits=[0])).wait().logits for lane in texts]
+    found["alone"] = np.concatenate([logits for logits in alone if logits is not None])
+    for how, logits in found.items():
+        assert logits is not None
+        reference_rows = np.stack([rows[how != "chunks"] for rows in expected])
+        error = np.linalg.norm(logits - reference_rows, axis=1) / np.linalg.norm(reference_rows, axis=1)
+        print(f"{shape}, {how}: relative errors {error.min():.4f} to {error.max():.4f}")
+        assert (error < 1e-2).all(), how
     runner.close()

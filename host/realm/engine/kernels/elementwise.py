@@ -44,8 +44,8 @@ ADD_RMS_NORM = Kernel(_add_rms_norm_kernel)
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, out: Tensor, eps: float, *, add: bool) -> None:
     """``residual += x`` (``= x`` where not ``add``), then ``out = residual / rms(residual) * weight``.
 
-    Zhang & Sennrich 2019. ``x``, ``residual`` and ``out`` are [n, hidden], contiguous, ``weight`` [hidden]; bfloat16
-    or float32, computed in float32. ``x`` and ``out`` may be the same tensor, ``x`` and ``residual`` too.
+    Zhang & Sennrich 2019. ``x``, ``residual`` and ``out`` are [n, hidden], contiguous, ``weight`` [hidden]; each
+    bfloat16 or float32, computed in float32. ``x`` and ``out`` may be the same tensor, ``x`` and ``residual`` too.
     """
     rows, width = x.shape
     block = power_of_two(width)

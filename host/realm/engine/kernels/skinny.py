@@ -103,7 +103,7 @@ def skinny_linear(
     * ``add``: the result is added to ``out``.
 
     ``x`` is [1, inner], ``weight`` [width, inner] (or [2 * width, inner]), ``out`` [1, width], another tensor than x;
-    all contiguous, bfloat16 or float32. Computed in float32.
+    all contiguous, each bfloat16 or float32. Computed in float32.
     """
     width, inner = out.shape[1], x.shape[1]
     columns = min(16, 1 << max(0, (width // PROGRAMS).bit_length() - 1))

@@ -46,10 +46,10 @@ def activation_bytes(config: ModelConfig, dtype: torch.dtype, token_budget: int,
     heads = config.heads * config.head_dim
     qkv = heads + 2 * config.kv_heads * config.head_dim
     # What is between the weights: the residual stream, its norm, a block's result, and the gated pair.
-    between = 3 * config.hidden_size + heads + max(qkv, 2 * config.intermediate_size) + config.intermediate_size
-    chunks = most_rows(token_budget, rows) * between * dtype.itemsize
+    between = 2 * config.hidden_size + heads + max(qkv, 2 * config.intermediate_size) + config.intermediate_size
+    chunks = most_rows(token_budget, rows) * (between * dtype.itemsize + 4 * config.hidden_size)
     # Hidden states of output rows, in the graphs' pool and for steps without one.
-    captured = 2 * 4 * rows * config.hidden_size * dtype.itemsize
+    captured = 2 * 4 * rows * config.hidden_size * 4
     logits = rows * config.vocab_size * (dtype.itemsize + 4)
     parts = max(MOST_PARTS, rows) * config.heads * (config.head_dim + 2) * 4
     count = MOST_CHUNK_GRAPHS + MOST_RARE_GRAPHS + len(bucket_sizes(rows)) * len(COMMON)

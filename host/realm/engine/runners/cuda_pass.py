@@ -4,6 +4,9 @@ torch operations, with the page cache of the device.
 A layer is four matrix products (cuBLAS) and, between them, fused kernels (:mod:`realm.engine.kernels`):
 norm with the residual's sum, attention with the rotation and the cache's writes, and the gated activation.
 With few rows the launches cost most: then norm, activation and sum are part of the matrix products.
+
+The residual stream is float32, whatever the model's type: in bfloat16 its roundings alone, two a layer, are half
+of the error of the logits (30 layers at random: 1.2% against 0.6% of their norm).
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ class Attend(Protocol):
 
 
 class Hidden(NamedTuple):
-    """Rows after the last layer, [n, hidden_size]: ``residual``, to which ``last`` has still to be added."""
+    """Rows after the last layer, [n, hidden_size]: ``residual``, float32, to which ``last`` has still to be added."""
 
     last: Tensor | None
     residual: Tensor
@@ -76,14 +79,15 @@ class DevicePass:
         self.lane_tokens = torch.zeros(lanes + 1, dtype=torch.int32, device=model.device)
         self._layers = list(zip(model.layers, self.cache.unbind(0), strict=True))
 
-        def space(width: int) -> Tensor:
-            return torch.zeros((rows, width), dtype=model.dtype, device=model.device)
+        def space(width: int, dtype: torch.dtype = model.dtype) -> Tensor:
+            return torch.zeros((rows, width), dtype=dtype, device=model.device)
 
         # All that is between the weights, for every pass: they run one after another. The allocator would take
         # memory anew for a step larger than those before, which may wait for the device.
         heads = config.heads * config.head_dim
         self._qkv_width = heads + 2 * config.kv_heads * config.head_dim
-        self._residual, self._normed, self._block = (space(config.hidden_size) for _ in range(3))
+        self._residual = space(config.hidden_size, torch.float32)
+        self._normed, self._block = space(config.hidden_size), space(config.hidden_size)
         self._attended, self._active = space(heads), space(config.intermediate_size)
         self._wide = space(max(self._qkv_width, 2 * config.intermediate_size)).view(-1)
 
@@ -161,6 +165,6 @@ class DevicePass:
             skinny_linear(residual, head, out, gain=model.norm, eps=eps)
         else:
             assert hidden.last is not None
-            normed = torch.empty_like(residual)
+            normed = torch.empty_like(residual, dtype=model.dtype)
             add_rms_norm(hidden.last, residual, model.norm, normed, eps, add=True)
             torch.mm(normed, head.t(), out=out)
