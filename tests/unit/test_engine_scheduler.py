@@ -88,6 +88,7 @@ class Harness:
             for slot in range(position % PAGE_SIZE, PAGE_SIZE if position % PAGE_SIZE else 0):
                 assert self.contents[sequence.pages[-1]][slot][0] in (sequence.tenant.root, b"")
         self.scheduler.commit(plan)
+        self.scheduler.seal(plan)
         finished = [part for part in plan.parts if part.finishes]
         for part in finished:
             part.sequence.call = None

@@ -122,6 +122,7 @@ class Pipeline:
         lanes.launch(rows)
         handle = self._runner.launch(batch)
         self._launched.append(InFlight(handle, ticket, singles, planned))
+        scheduler.seal(plan)
         self._count(plan, served, len(rows))
         if self.trace is not None:
             self.trace.span("plan", began, planned, len(plan.parts) + len(rows))

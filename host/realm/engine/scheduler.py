@@ -321,7 +321,7 @@ class Scheduler:
     # --- after the step -------------------------------------------------------------------------
 
     def commit(self, plan: StepPlan) -> None:
-        """The plan is launched: seal full pages and charge tenants.
+        """The plan is about to be launched: charge tenants. :meth:`seal` has to follow, and may once it is launched.
 
         Calls that it finishes are no longer pending; the caller clears ``part.sequence.call`` when it answers them.
         """
@@ -329,7 +329,6 @@ class Scheduler:
             sequence = part.sequence
             sequence.computed += part.count
             sequence.last_step = self.step
-            self.tables.seal(sequence)
             tenant = sequence.tenant
             tenant.last_step = self.step
             decode = part.count == 1 and part.finishes
@@ -339,6 +338,12 @@ class Scheduler:
             elif sequence.remaining == 1:
                 self._requeue(sequence)
         self.step += 1
+
+    def seal(self, plan: StepPlan) -> None:
+        """Make the full pages of a committed plan findable. That takes 30 us a prompt, which the device need not
+        wait for: whoever finds a page is in a later step."""
+        for part in plan.parts:
+            self.tables.seal(part.sequence)
 
     # --- sequences with lanes ---------------------------------------------------------------------
 
