@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from realm.channel import listen
@@ -231,6 +232,9 @@ def test_rows_wait_behind_the_operations_of_turns_before(ahead: Served) -> None:
     chat = Chat(link, 10)
     ahead.execute()
     chat.receive()
+    # What the row asks for is drawn already, so its answer comes before the sequence goes.
+    ahead.execute()
+    ahead.stats()
     link.channel.send(WorkerTurn([FreeSequence(link.seq(number)) for number in range(1000, 1000 + 3 * MAX_OPERATIONS)]))
     chat.go_on()
     link.channel.send(WorkerTurn([FreeSequence(chat.seq)]))
@@ -242,6 +246,121 @@ def test_rows_wait_behind_the_operations_of_turns_before(ahead: Served) -> None:
         reply = link.inbox.pop(0) if link.inbox else None
     # The row came after the flood and before its sequence was freed, or it would have failed.
     assert isinstance(reply, EngineReply) and not reply.results and len(reply.drawn) == DRAWN.size
+
+
+class Script:
+    """An engine with two steps in flight, of which the first is done in its third round of the loop."""
+
+    run_ahead, in_flight, due, may_run_ahead, trace = 2, 2, False, False, None
+
+    def __init__(self) -> None:
+        self.runner = self
+        self.rounds = 0
+        self.done: list[object] = []
+
+    @property
+    def claims_can_wait(self) -> bool:
+        self.rounds += 1
+        return self.rounds < 3
+
+    def claim(self, turns: list[tuple[int, bytes]]) -> None:
+        self.done.append([worker for worker, _ in turns])
+
+    def submit(self, worker: int, ops: object) -> None:
+        self.done.append(ops)
+
+    def settle(self, wait: bool) -> bool:
+        if self.rounds == 3 and self.done[-1] != "settled":
+            self.done.append("settled")
+            return True
+        return False
+
+    def answered_singly(self) -> set[int]:
+        return set()
+
+    def take(self) -> dict[int, object]:
+        return {}
+
+    def fileno(self) -> int:
+        return -1
+
+
+@pytest.mark.parametrize("ops", [False, True])
+def test_rows_of_all_workers_are_taken_in_at_once_before_their_step_is_settled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ops: bool
+) -> None:
+    script = Script()
+    with closing(listen(str(tmp_path / "s"))) as listener:
+        server = EngineServer(script, listener, 0.0)  # type: ignore[arg-type]
+        peers = [Peer(link=None, worker=number) for number in (1, 2, 3)]  # type: ignore[arg-type]
+        freed = [FreeSequence(7)]
+
+        def receive(timeout: float | None) -> None:
+            peer = peers[script.rounds]
+            server._turn(peer, WorkerTurn(freed if ops and peer.worker == 2 else [], 0, bytes(CONTINUE.size)))
+            server._stopping = script.rounds == 2
+
+        monkeypatch.setattr(server, "_receive", receive)
+        server.run()
+    # A worker's other operations come after what it said before, so that is not kept waiting for them.
+    assert script.done == ([[1, 2], freed, [3], "settled"] if ops else [[1, 2, 3], "settled"])
+
+
+def test_rows_do_not_pile_up_while_a_step_takes_long(ahead: Served) -> None:
+    link = ahead.worker(1)
+    Chat(link, 10)
+    ahead.launched(2)
+    junk = bytes(CONTINUE.size) * (MAX_OPERATIONS // 2)
+    for _ in range(20):
+        link.channel.send(WorkerTurn([], 0, junk))
+        ahead.stats()
+        assert ahead.server._claimed <= 2 * MAX_OPERATIONS
+    # All are heard, at the latest when the step is done: each is a call on no sequence.
+    ahead.runner.execute()
+    failed = 0
+    while failed < 20 * (MAX_OPERATIONS // 2):
+        reply = link.next()
+        assert isinstance(reply, EngineReply)
+        failed += len(reply.results)
+
+
+class Outlook:
+    """An engine of which only matters who could be in its next step."""
+
+    def __init__(self, in_flight: int, ready: int, held: list[int]) -> None:
+        self.run_ahead, self.in_flight, self.trace = 2, in_flight, None
+        self.runner = self
+        self._outlook = ready, np.array(held, np.int64)
+
+    def outlook(self) -> tuple[int, np.ndarray]:
+        return self._outlook
+
+    def fileno(self) -> int:
+        return -1
+
+
+@pytest.mark.parametrize(
+    ("in_flight", "ready", "held", "singly", "awaited"),
+    [
+        (0, 8, [], False, False),  # all of its guests' rows run ahead
+        (1, 8, [], False, False),
+        (1, 8, [1], False, True),  # one of them has run ahead as far as it may, and there is time
+        (0, 8, [1], False, False),  # there is none, and most can go
+        (0, 1, [1, 1], False, True),  # most cannot
+        (1, 8, [2], False, False),  # another worker's
+        (0, 8, [], True, True),  # a guest that cannot run ahead was answered
+    ],
+)
+def test_a_worker_is_awaited_only_if_the_step_would_lack_its_guests(
+    tmp_path: Path, in_flight: int, ready: int, held: list[int], singly: bool, awaited: bool
+) -> None:
+    with closing(listen(str(tmp_path / "s"))) as listener:
+        server = EngineServer(Outlook(in_flight, ready, held), listener, 0.0)  # type: ignore[arg-type]
+        for number in (1, 2):
+            server._workers[number] = Peer(link=None, worker=number, sent=1)  # type: ignore[arg-type]
+        server._workers[2].answered = 1
+        server._workers[1].singly = singly
+        assert [peer.worker for peer in server._awaited()] == ([1] if awaited else [])
 
 
 def test_a_worker_that_never_answers_is_soon_not_waited_for(tmp_path: Path) -> None:

@@ -18,10 +18,12 @@ from realm.messages import SamplingParams
 from tests.sampling_cases import Oracle, logprob, mask_of, sampled
 
 
-def check(logits: np.ndarray, params: list[SamplingParams], tile: int) -> None:
+def check(logits: np.ndarray, params: list[SamplingParams], tile: int, sample: int = 32) -> None:
     """Every row is drawn as the oracle does, up to rounding, and as the CPU's sampler does, up to the same."""
     vocab = logits.shape[1]
-    tokens, logprobs = sampled(DeviceSampler(vocab, len(params), "cpu", tile=tile), torch.from_numpy(logits), params)
+    tokens, logprobs = sampled(
+        DeviceSampler(vocab, len(params), "cpu", tile=tile, sample=sample), torch.from_numpy(logits), params
+    )
     on_cpu = draw(torch.from_numpy(logits), params, [None] * len(params)).tokens
     for row, p in enumerate(params):
         oracle = Oracle(logits[row], p)
@@ -72,21 +74,25 @@ params = st.builds(
 
 # The interpreter takes a second an example, so a failure is not shrunk.
 @settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
-@example([SamplingParams(100.0, 60, 0.001, uniform=0.75)], 0, 130, 0.5, False)
-@example([SamplingParams(1.0, 5, 0.5, uniform=1 - 2**-53)], 1, 130, 50.0, True)
+@example([SamplingParams(100.0, 60, 0.001, uniform=0.75)], 0, 130, 0.5, False, 32)
+@example([SamplingParams(1.0, 5, 0.5, uniform=1 - 2**-53)], 1, 130, 50.0, True, 32)
+@example([SamplingParams(1.0, top_p=0.95, uniform=0.99)] * 4, 5, 130, 3.0, True, 1)
+@example([SamplingParams(1.0, top_p=0.5, uniform=0.99)] * 4, 6, 130, 0.5, False, 2)
 @given(
     st.lists(params, min_size=1, max_size=4),
     st.integers(0, 2**32 - 1),
     st.sampled_from([1, 2, 17, 130]),
     st.sampled_from([1e-20, 0.5, 3.0, 50.0, 1e30]),
     st.booleans(),
+    st.sampled_from([1, 4, 32, 256]),
 )
-def test_any_row(rows: list[SamplingParams], seed: int, vocab: int, spread: float, masked: bool) -> None:
+def test_any_row(rows: list[SamplingParams], seed: int, vocab: int, spread: float, masked: bool, sample: int) -> None:
+    """However few tokens of it the first guess is made from."""
     rng = np.random.default_rng(seed)
     logits = (rng.normal(0, 1, (len(rows), vocab)) * spread).astype(np.float32)
     logits[:, rng.random(vocab) < 0.3] = logits[:, :1]
     mask = mask_of(rng.integers(0, vocab, 9).tolist(), vocab) if masked else None
-    check(logits, [with_uniform(p, p.uniform, mask) for p in rows], 64)
+    check(logits, [with_uniform(p, p.uniform, mask) for p in rows], 64, sample)
 
 
 @pytest.mark.parametrize(
@@ -243,5 +249,5 @@ def test_what_does_not_fit_is_refused() -> None:
     for flags in ({"masked": True}, {"logprobs": True}):
         with pytest.raises(ValueError, match="missing"):
             sample(torch.zeros(2, 50), 2, **flags)
-    with pytest.raises(ValueError, match="power of two"):
+    with pytest.raises(ValueError, match="powers of two"):
         DeviceSampler(50, 2, "cpu", tile=24)

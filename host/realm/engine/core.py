@@ -290,6 +290,11 @@ class EngineCore:
         """Whether :meth:`launch` might find something although nobody waits for it."""
         return self._pipeline.may_run_ahead
 
+    @property
+    def claims_can_wait(self) -> bool:
+        """Whether taking in calls that go on would change nothing before the oldest step in flight is done."""
+        return self._pipeline.claims_can_wait
+
     def outlook(self) -> tuple[int, Longs]:
         """How many rows a step would have now, about, and the workers of sequences that have run ahead as
         far as they may, which it would not have: one for each."""

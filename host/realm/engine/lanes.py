@@ -214,6 +214,10 @@ class Lanes:
         workers = self._worker[held]
         return self.used - len(workers), workers
 
+    def lagging(self) -> bool:
+        """Whether a row was drawn that its guest has not asked for: if it does now, the answer is there."""
+        return bool((self.active & (self.settled > self.answered)).any())
+
     def may_run_ahead(self, depth: int) -> bool:
         """Whether any lane has fewer rows launched and not claimed than it may have."""
         ahead = self.launched - self.claimed

@@ -91,6 +91,11 @@ class Pipeline:
         """Whether :meth:`launch` might find something although nobody waits for it."""
         return self.lanes.used > 0 and self.lanes.may_run_ahead(self._depth)
 
+    @property
+    def claims_can_wait(self) -> bool:
+        """Whether taking in calls that go on would change nothing before the oldest step in flight is done."""
+        return len(self._launched) > 0 and not self._launched[0].handle.done() and not self.lanes.lagging()
+
     def outlook(self) -> tuple[int, Longs]:
         """How many rows a step would have now, about, and the workers of sequences that have run ahead as
         far as they may, which it would not have: one for each."""

@@ -116,6 +116,7 @@ class EngineServer:
         self._workers: dict[int, Peer] = {}
         self._gateway: Peer | None = None
         self._claims: list[tuple[int, bytes]] = []
+        self._claimed = 0
         self._stopping = False
         self._ran_out = False
         self._trace = core.trace = trace
@@ -133,6 +134,9 @@ class EngineServer:
         while not self._stopping:
             self._receive(self._patience())
             self._submit_backlog()
+            # Calls that go on are taken in all at once, if they can wait for each other.
+            if core.in_flight < self._most_in_flight or not core.claims_can_wait:
+                self._claim()
             while core.settle(False):
                 self._settled_at = time.perf_counter()
             self._reply()
@@ -145,6 +149,7 @@ class EngineServer:
 
     def _launch(self) -> None:
         core = self._core
+        self._claim()
         for peer in self._awaited():
             peer.missed += 1
         busy = core.in_flight > 0
@@ -235,7 +240,6 @@ class EngineServer:
                 self._watch(peer)
             if events & ~select.POLLOUT and not peer.backlog:
                 self._read(peer)
-        self._claim()
         if ready and self._trace is not None:
             self._trace.span("receive", began, time.perf_counter(), len(ready))
 
@@ -319,7 +323,8 @@ class EngineServer:
             peer.allowance -= count
             if rows:
                 self._claims.append((peer.worker, turn.continues))
-            if turn.ops:
+                self._claimed += rows
+            if turn.ops or self._claimed > MAX_OPERATIONS:
                 # What goes on comes before the other operations of its turn and of those that follow.
                 self._claim()
                 self._core.submit(peer.worker, turn.ops)
@@ -333,6 +338,8 @@ class EngineServer:
         if not self._claims:
             return
         claims, self._claims = self._claims, []
+        self._claimed = 0
+        began = time.perf_counter()
         try:
             self._core.claim(claims)
         except Exception:
@@ -340,6 +347,8 @@ class EngineServer:
             log.exception("calls of workers %s could not be handled; closing their links", sorted(workers))
             for peer in [peer for peer in self._workers.values() if peer.worker in workers]:
                 self._lost(peer)
+        if self._trace is not None:
+            self._trace.span("claim", began, time.perf_counter(), len(claims))
 
     def _submit_backlog(self) -> None:
         """Take the next portion of what workers have asked; a new one is allowed for each step."""
@@ -353,6 +362,7 @@ class EngineServer:
                     self._lost(peer)
 
     def _submit_portion(self, worker: int, peer: Peer) -> None:
+        self._claim()
         portion: list[EngineOp] = []
         while peer.backlog and peer.allowance > 0:
             first = peer.backlog.popleft()

@@ -14,7 +14,8 @@ import triton
 from torch import Tensor
 
 from realm.engine.kernels.sampling_filters import (
-    PARTS,
+    FIRST_PARTS,
+    SAMPLE,
     begin_kernel,
     cut_kernel,
     gather_kernel,
@@ -27,11 +28,14 @@ from realm.engine.kernels.sampling_rows import SLOTS, choose_kernel, survey_kern
 TILE = 8192
 """Tokens that one program looks at. A draw's last bits depend on it, so it is the same for every batch."""
 
-SPLIT_STEP = 1024
-"""Tokens that are held against the eight edges at once: 64 registers of sums for each of 256 threads."""
+SPLIT_STEP = 2048
+"""Tokens that are held against the first edges at once."""
+
+GATHER_GROUP = 128
+"""Neighbouring tokens that take room in a row's list together."""
 
 CUT_STEP = 2048
-"""The same for a row's list, which one program of 512 threads measures."""
+"""Tokens of a row's list that one program of 512 threads measures at once."""
 
 
 @dataclass(slots=True)
@@ -60,10 +64,14 @@ class DeviceSampler:
     Calls of one sampler must not overlap: they share the scratch memory.
     """
 
-    def __init__(self, vocab: int, rows: int, device: torch.device | str, *, tile: int = TILE) -> None:
-        """``rows``: the most rows of one call. Memory: :meth:`bytes_needed`. ``tile``: see :data:`TILE`."""
-        if tile < 1 or tile & (tile - 1):
-            raise ValueError(f"a tile is a power of two, not {tile}")
+    def __init__(
+        self, vocab: int, rows: int, device: torch.device | str, *, tile: int = TILE, sample: int = SAMPLE
+    ) -> None:
+        """``rows``: the most rows of one call. Memory: :meth:`bytes_needed`. ``tile``: see :data:`TILE`.
+        ``sample``: see :data:`~realm.engine.kernels.sampling_filters.SAMPLE`."""
+        if min(tile, sample) < 1 or tile & (tile - 1) or sample & (sample - 1):
+            raise ValueError(f"a tile and a sample are powers of two, not {tile} and {sample}")
+        self._sample = sample
         self.vocab = vocab
         self.rows = rows
         self._tile = min(tile, triton.next_power_of_2(vocab))
@@ -78,9 +86,9 @@ class DeviceSampler:
         self._raw_best, self._raw_sum = empty(tiles), empty(tiles)
         self._token = empty(tiles, dtype=torch.int32)
         self._equal = empty(tiles, dtype=torch.int32)
-        self._above_count = empty(tiles, PARTS.value, dtype=torch.int32)
-        self._above_mass = empty(tiles, PARTS.value)
-        self._offsets = empty(tiles + 1, dtype=torch.int32)
+        self._above_count = empty(tiles, FIRST_PARTS.value, dtype=torch.int32)
+        self._above_mass = empty(tiles, FIRST_PARTS.value)
+        self._length = empty(dtype=torch.int32)
         self._state = empty(SLOTS.value, dtype=torch.float64)
         self._listed = empty(vocab)
 
@@ -88,7 +96,7 @@ class DeviceSampler:
     def bytes_needed(vocab: int, rows: int) -> int:
         """Device memory that a sampler takes, in bytes, to within a few kilobytes."""
         tiles = -(-vocab // TILE)
-        parts, slots = int(PARTS.value), int(SLOTS.value)
+        parts, slots = int(FIRST_PARTS.value), int(SLOTS.value)
         return rows * (4 * vocab + tiles * (32 + 8 * parts) + 8 * slots)
 
     def sample(
@@ -140,17 +148,22 @@ class DeviceSampler:
             tiles, tile, greedy, filtered, masked, logprobs, num_warps=8,
         )  # fmt: skip
         if filtered:
-            limits = (self.vocab, draws.temperature, draws.top_k, draws.top_p)
+            filters = (draws.top_k, draws.top_p)
+            limits = (self.vocab, draws.temperature, *filters)
             above = (self._above_count, self._above_mass)
-            begin_kernel[(n,)](*limits, self._best, self._sum, self._least, self._state, tiles, places, num_warps=1)
+            begin_kernel[(n,)](
+                *rows, *masks, *filters, self._best, self._sum, self._least, self._state, self._length,
+                tiles, places, self._sample, masked, num_warps=4,
+            )  # fmt: skip
             split_kernel[by_tile](
-                *rows, *masks, self._state, *above, tiles, tile, min(SPLIT_STEP, tile), masked, num_warps=8
+                *rows, *masks, *filters, self._state, *above, tiles, tile, min(SPLIT_STEP, tile), masked, num_warps=8
             )
-            window_kernel[(n,)](*limits, self._state, *above, self._offsets, tiles, places, num_warps=4)
+            window_kernel[(n,)](*limits, self._state, *above, tiles, places, num_warps=4)
             gather_kernel[by_tile](
-                *rows, *masks, self._state, self._offsets, self._listed, tiles, tile, masked, num_warps=8
-            )
-            cut_kernel[(n,)](*limits, self._state, self._listed, CUT_STEP, num_warps=16)
+                *rows, *masks, self._state, self._length, self._listed,
+                tile, min(GATHER_GROUP, tile), masked, num_warps=8,
+            )  # fmt: skip
+            cut_kernel[(n,)](*limits, self._state, self._length, self._listed, CUT_STEP, num_warps=16)
             weigh_kernel[by_tile](
                 *rows, draws.min_p, *masks, self._state, self._sum, self._equal, tiles, tile, masked, num_warps=8
             )

@@ -2,11 +2,14 @@
 
 Both keep the first tokens of one order (larger logit first, then lower id), so the cut is a logit and how
 many of the tokens at it are kept. It is found without sorting, by measuring how many tokens, or how much
-weight, are above some values: first above eight values that part the row's range evenly, by all tiles of
-the row; the part in which the cut lies (or the two cuts of a row with both) is gathered into a list; and
-the list is parted in the same way by one program until one value is left. The range is at most as wide as
-matters to float32, so a row of a language model leaves a few hundred tokens in the list, and a flat
-row about a quarter of them. Whatever the logits, the list never has to be measured more than 20 times.
+weight, are above some values: first above four values, by all tiles of the row; the part in which the cut lies
+(or the two cuts of a row with both) is gathered into a list; and the list is parted into eight by one program
+again and again until one value is left. For top-p a sample of the row says where the first four should be, so
+that a few percent of a flat row are left in the list, and a few dozen tokens of a language model's; for top-k they
+part the row's range evenly, which is at most as wide as matters to float32. A sample that misleads costs time and
+changes nothing. Whatever the logits, the list never has to be measured more than 20 times.
+
+The order of the list is left to chance, but not the result: weights are added up as whole numbers.
 
 The idea of searching a threshold rather than sorting is common (radix select; the pivots of FlashInfer's
 samplers); here the result is the one of the exact order, ties and all, because guests may repeat their runs.
@@ -22,18 +25,33 @@ from realm.engine.kernels.sampling_rows import (
     CUT,
     EDGES,
     HIGH,
-    LENGTH,
     LOW,
     OVER_COUNT,
     OVER_MASS,
     ROOM,
+    SEARCH,
     SLOTS,
     TOTAL,
     drawn_logits,
 )
 
+FIRST_PARTS = tl.constexpr(4)
+"""How many parts a row is split into at first: two instructions a token for each."""
+
+SAMPLE = 2048
+"""Tokens of a row, evenly apart, from which the first parts are guessed."""
+
+_DEVIATIONS = tl.constexpr(3.0)
+"""How many standard deviations of the sample's error the cut is looked for first, on both sides of the guess."""
+
+_GUESS_ROUNDS = tl.constexpr(14)
+"""Halvings of a row's range for a guess."""
+
 PARTS = tl.constexpr(8)
-"""How many parts a range is split into at once: three compare-and-add instructions a token for each."""
+"""How many parts a list is split into at once."""
+
+_WHOLE = tl.constexpr(35184372088832.0)
+"""2**45: weights, at most 1, are counted in parts of this, so that 2**17 of them do not overflow 63 bits."""
 
 _WIDEST = tl.constexpr(104.0)
 """exp(-104) is 0 in float32: a token that is this far below the best has no weight, kept or not."""
@@ -57,19 +75,37 @@ def _searched(
 
 
 @triton.jit
+def _weight_reaches(x: tl.tensor, weight: tl.tensor, aim: tl.tensor, low: tl.tensor, high: tl.tensor) -> tl.tensor:
+    """A value up to which the sample has a weight of about ``aim``, between ``low`` and ``high``."""
+    for _ in range(_GUESS_ROUNDS):
+        middle = low + (high - low) * 0.5
+        reached = tl.sum(tl.where(x <= middle, weight, 0.0), axis=0) >= aim
+        low = tl.where(reached, low, middle)
+        high = tl.where(reached, middle, high)
+    return high
+
+
+@triton.jit
 def begin_kernel(
+    logits: tl.tensor,
+    stride: tl.tensor,
     vocab: tl.tensor,
     temperature: tl.tensor,
+    mask: tl.tensor,
+    words: tl.tensor,
     top_k: tl.tensor,
     top_p: tl.tensor,
     tile_best: tl.tensor,
     tile_sum: tl.tensor,
     tile_least: tl.tensor,
     state: tl.tensor,
+    length: tl.tensor,
     TILES: tl.constexpr,
     PLACES: tl.constexpr,
+    COUNT: tl.constexpr,
+    MASKED: tl.constexpr,
 ) -> None:
-    """Put the tiles of a row together, and place the first eight edges. Length 1 says that there is a search."""
+    """Put the tiles of a row together, and place the first edges, from a sample of COUNT tokens."""
     row = tl.program_id(0).to(tl.int64)
     slot = state + row * SLOTS
     tile = tl.arange(0, PLACES)
@@ -79,17 +115,35 @@ def begin_kernel(
     best = tl.max(bests, axis=0)
     finite = tl.where(best > -float("inf"), best, 0.0)
     sums = tl.load(tile_sum + at, mask=inside, other=0.0) * tl.exp(bests - finite)
+    total = tl.sum(sums.to(tl.float64), axis=0)
     least = tl.min(tl.load(tile_least + at, mask=inside, other=float("inf")), axis=0)
     least = tl.maximum(least, finite - _WIDEST)
     by_count, by_mass = _searched(temperature, top_k, top_p, row, vocab)
+    search = (by_count | by_mass) & (best > -float("inf"))
     tl.store(slot + BEST, best)
-    tl.store(slot + TOTAL, tl.sum(sums.to(tl.float64), axis=0))
-    tl.store(slot + LENGTH, ((by_count | by_mass) & (best > -float("inf"))).to(tl.float64))
+    tl.store(slot + TOTAL, total)
+    tl.store(slot + SEARCH, search.to(tl.float64))
     tl.store(slot + CUT, -float("inf"))
     tl.store(slot + ROOM, 0.0)
+    tl.store(length + row, 0)
     # Kept, not computed again: each kernel may round this in its own way, but all must see the same edges.
-    part = tl.arange(0, PARTS)
-    tl.store(slot + EDGES + part, least + (finite - least) * (part.to(tl.float32) / PARTS))
+    part = tl.arange(0, FIRST_PARTS)
+    edges = least + (finite - least) * (part.to(tl.float32) / FIRST_PARTS)
+    if search & by_mass & (by_count == 0):
+        # The weight below the cut is known, and a few tokens of much weight are hardly ever in the sample.
+        token = (tl.arange(0, COUNT).to(tl.int64) * vocab // COUNT).to(tl.int32)
+        x = drawn_logits(logits + row * stride, mask + row * words, token, vocab, tl.load(temperature + row), MASKED)
+        weight = tl.exp(x - best)
+        share = (1.0 - tl.load(top_p + row).to(tl.float64)) * total * COUNT / vocab
+        aim = share.to(tl.float32)
+        guess = _weight_reaches(x, weight, aim, least, finite)
+        below = tl.where(x <= guess, weight, 0.0)
+        found = tl.maximum(tl.sum(below, axis=0), 1e-30)
+        error = tl.minimum(_DEVIATIONS * tl.sqrt(tl.sum(below * below, axis=0)) / found, 0.9)
+        under = _weight_reaches(x, weight, aim * (1.0 - error), least, guess)
+        over = _weight_reaches(x, weight, aim * (1.0 + error), guess, finite)
+        edges = tl.where(part == 0, least, tl.where(part == 1, under, tl.where(part == 2, guess, over)))
+    tl.store(slot + EDGES + part, edges)
 
 
 @triton.jit
@@ -100,6 +154,8 @@ def split_kernel(
     temperature: tl.tensor,
     mask: tl.tensor,
     words: tl.tensor,
+    top_k: tl.tensor,
+    top_p: tl.tensor,
     state: tl.tensor,
     above_count: tl.tensor,
     above_mass: tl.tensor,
@@ -108,25 +164,51 @@ def split_kernel(
     STEP: tl.constexpr,
     MASKED: tl.constexpr,
 ) -> None:
-    """For each tile, how many tokens and how much weight are above each of the eight edges."""
+    """For each tile, how much weight is above each of the first edges, and with top-k how many tokens."""
     row = tl.program_id(1).to(tl.int64)
     slot = state + row * SLOTS
-    if tl.load(slot + LENGTH) > 0:
+    if tl.load(slot + SEARCH) > 0:
+        line, words_at = logits + row * stride, mask + row * words
         degree = tl.load(temperature + row)
         best = tl.load(slot + BEST).to(tl.float32)
-        part = tl.arange(0, PARTS)
-        edges = tl.load(slot + EDGES + part).to(tl.float32)[:, None]
-        count = tl.zeros([PARTS, STEP], tl.float32)
-        mass = tl.zeros([PARTS, STEP], tl.float32)
+        edge_0 = tl.load(slot + EDGES).to(tl.float32)
+        edge_1 = tl.load(slot + EDGES + 1).to(tl.float32)
+        edge_2 = tl.load(slot + EDGES + 2).to(tl.float32)
+        edge_3 = tl.load(slot + EDGES + 3).to(tl.float32)
+        at = (row * TILES + tl.program_id(0)) * FIRST_PARTS
+        begin = tl.program_id(0) * TILE
+        # One sum for each edge, not an array of them: that would be spread over threads which all compute x.
+        above_0 = tl.zeros([STEP], tl.float32)
+        above_1 = tl.zeros([STEP], tl.float32)
+        above_2 = tl.zeros([STEP], tl.float32)
+        above_3 = tl.zeros([STEP], tl.float32)
         for start in range(0, TILE, STEP):
-            token = (tl.program_id(0) * TILE + start + tl.arange(0, STEP))[None, :]
-            x = drawn_logits(logits + row * stride, mask + row * words, token, vocab, degree, MASKED)
-            above = x > edges
-            count += tl.where(above, 1.0, 0.0)
-            mass += tl.where(above, tl.exp(x - best), 0.0)
-        at = (row * TILES + tl.program_id(0)) * PARTS + part
-        tl.store(above_count + at, tl.sum(count, axis=1).to(tl.int32))
-        tl.store(above_mass + at, tl.sum(mass, axis=1))
+            x = drawn_logits(line, words_at, begin + start + tl.arange(0, STEP), vocab, degree, MASKED)
+            weight = tl.exp(x - best)
+            above_0 += tl.where(x > edge_0, weight, 0.0)
+            above_1 += tl.where(x > edge_1, weight, 0.0)
+            above_2 += tl.where(x > edge_2, weight, 0.0)
+            above_3 += tl.where(x > edge_3, weight, 0.0)
+        tl.store(above_mass + at, tl.sum(above_0, axis=0))
+        tl.store(above_mass + at + 1, tl.sum(above_1, axis=0))
+        tl.store(above_mass + at + 2, tl.sum(above_2, axis=0))
+        tl.store(above_mass + at + 3, tl.sum(above_3, axis=0))
+        by_count, _ = _searched(temperature, top_k, top_p, row, vocab)
+        if by_count:
+            count_0 = tl.zeros([STEP], tl.int32)
+            count_1 = tl.zeros([STEP], tl.int32)
+            count_2 = tl.zeros([STEP], tl.int32)
+            count_3 = tl.zeros([STEP], tl.int32)
+            for start in range(0, TILE, STEP):
+                x = drawn_logits(line, words_at, begin + start + tl.arange(0, STEP), vocab, degree, MASKED)
+                count_0 += (x > edge_0).to(tl.int32)
+                count_1 += (x > edge_1).to(tl.int32)
+                count_2 += (x > edge_2).to(tl.int32)
+                count_3 += (x > edge_3).to(tl.int32)
+            tl.store(above_count + at, tl.sum(count_0, axis=0))
+            tl.store(above_count + at + 1, tl.sum(count_1, axis=0))
+            tl.store(above_count + at + 2, tl.sum(count_2, axis=0))
+            tl.store(above_count + at + 3, tl.sum(count_3, axis=0))
 
 
 @triton.jit
@@ -144,27 +226,27 @@ def window_kernel(
     state: tl.tensor,
     above_count: tl.tensor,
     above_mass: tl.tensor,
-    offsets: tl.tensor,
     TILES: tl.constexpr,
     PLACES: tl.constexpr,
 ) -> None:
-    """Which parts the cuts are in, and where each tile's tokens of them go in the row's list."""
+    """Which parts the cuts are in."""
     row = tl.program_id(0).to(tl.int64)
     slot = state + row * SLOTS
-    if tl.load(slot + LENGTH) > 0:
-        part = tl.arange(0, PARTS)
+    if tl.load(slot + SEARCH) > 0:
+        by_count, by_mass = _searched(temperature, top_k, top_p, row, vocab)
+        part = tl.arange(0, FIRST_PARTS)
         tile = tl.arange(0, PLACES)
         inside = (tile < TILES)[:, None]
-        at = (row * TILES + tile[:, None]) * PARTS + part[None, :]
+        at = (row * TILES + tile[:, None]) * FIRST_PARTS + part[None, :]
+        # Nothing has been written there without a top-k, and nothing is made of it.
         counts = tl.load(above_count + at, mask=inside, other=0)
         masses = tl.load(above_mass + at, mask=inside, other=0.0)
         count = tl.sum(counts, axis=0).to(tl.float64)
         mass = tl.sum(masses.to(tl.float64), axis=0)
-        by_count, by_mass = _searched(temperature, top_k, top_p, row, vocab)
 
         # The last part whose lower edge has enough above it holds the cut. None has where many tokens are at
         # the least edge itself: then the cut is there.
-        part_low = PARTS + tl.zeros([], tl.int32)
+        part_low = FIRST_PARTS + tl.zeros([], tl.int32)
         part_high = tl.zeros([], tl.int32)
         total_low = tl.load(slot + TOTAL)
         total_high = total_low
@@ -183,16 +265,9 @@ def window_kernel(
 
         edges = tl.load(slot + EDGES + part)
         tl.store(slot + LOW, _at(edges, part, part_low))
-        tl.store(slot + HIGH, tl.where(part_high < PARTS, _at(edges, part, part_high), tl.load(slot + BEST)))
+        tl.store(slot + HIGH, tl.where(part_high < FIRST_PARTS, _at(edges, part, part_high), tl.load(slot + BEST)))
         tl.store(slot + OVER_COUNT, _at(count, part, part_high))
         tl.store(slot + OVER_MASS, _at(mass, part, part_high))
-        tl.store(slot + LENGTH, _at(count, part, part_low) - _at(count, part, part_high))
-        own = tl.where(part[None, :] == part_low, counts, 0) - tl.where(part[None, :] == part_high, counts, 0)
-        listed = tl.sum(own, axis=1)
-        # One more than there are tiles: each tile's share ends where the next begins.
-        ends = tl.cumsum(listed, axis=0)
-        tl.store(offsets + row * (TILES + 1), 0)
-        tl.store(offsets + row * (TILES + 1) + 1 + tile, ends, mask=tile < TILES)
 
 
 @triton.jit
@@ -204,27 +279,30 @@ def gather_kernel(
     mask: tl.tensor,
     words: tl.tensor,
     state: tl.tensor,
-    offsets: tl.tensor,
+    length: tl.tensor,
     listed: tl.tensor,
-    TILES: tl.constexpr,
     TILE: tl.constexpr,
+    GROUP: tl.constexpr,
     MASKED: tl.constexpr,
 ) -> None:
-    """Write the scaled logits within the window to the row's list."""
+    """Write the scaled logits within the window to the row's list, in whichever order, and count them."""
     row = tl.program_id(1).to(tl.int64)
     slot = state + row * SLOTS
-    if tl.load(slot + LENGTH) > 0:
-        at = row * (TILES + 1) + tl.program_id(0)
-        begin = tl.load(offsets + at)
-        if tl.load(offsets + at + 1) > begin:
-            token = tl.program_id(0) * TILE + tl.arange(0, TILE)
-            degree = tl.load(temperature + row)
-            x = drawn_logits(logits + row * stride, mask + row * words, token, vocab, degree, MASKED)
-            low = tl.load(slot + LOW).to(tl.float32)
-            high = tl.load(slot + HIGH).to(tl.float32)
-            inside = (x > low) & (x <= high)
-            place = begin + tl.cumsum(inside.to(tl.int32), axis=0) - 1
-            tl.store(listed + row * vocab + place, x, mask=inside)
+    if tl.load(slot + SEARCH) > 0:
+        # Room is taken by groups, and each counts its own: over a whole tile that takes more than all the rest.
+        token = tl.program_id(0) * TILE + tl.arange(0, TILE)
+        degree = tl.load(temperature + row)
+        x = drawn_logits(logits + row * stride, mask + row * words, token, vocab, degree, MASKED)
+        low = tl.load(slot + LOW).to(tl.float32)
+        high = tl.load(slot + HIGH).to(tl.float32)
+        x = tl.reshape(x, [TILE // GROUP, GROUP])
+        inside = (x > low) & (x <= high)
+        counts = tl.sum(inside.to(tl.int32), axis=1)
+        first = tl.atomic_add(
+            length + row + tl.zeros([TILE // GROUP], tl.int32), counts, mask=counts > 0, sem="relaxed"
+        )
+        place = first[:, None] + tl.cumsum(inside.to(tl.int32), axis=1) - 1
+        tl.store(listed + row * vocab + place, x, mask=inside)
 
 
 @triton.jit
@@ -268,19 +346,20 @@ def _find_cut(
         even = tl.fma(part.to(tl.float32) / PARTS, high - low, low)
         first = _ordinal(low)
         edges = tl.where(rounds < _EVEN_ROUNDS, even, _number(first + (((_ordinal(high) - first) * part) >> 3)))
-        sums = tl.zeros([PARTS, STEP], tl.float32)
+        sums = tl.zeros([PARTS, STEP], tl.int64)
         least = tl.full([1, STEP], float("inf"), tl.float32)
         most = tl.full([1, STEP], -float("inf"), tl.float32)
         for start in range(0, length, STEP):
             place = (start + tl.arange(0, STEP))[None, :]
             x = tl.load(listed + place, mask=place < length, other=-float("inf"))
-            weight = tl.full([1, STEP], 1.0, tl.float32)
+            weight = tl.full([1, STEP], 1, tl.int64)
             if MASS:
-                weight = tl.exp(x - best)
-            sums += tl.where(x > edges[:, None], weight, 0.0)
+                weight = (tl.exp(x - best) * _WHOLE).to(tl.int64)
+            sums += tl.where(x > edges[:, None], weight, 0)
             least = tl.minimum(least, tl.where(x > low, x, float("inf")))
             most = tl.maximum(most, tl.where(x <= high, x, -float("inf")))
-        reached = beyond + tl.sum(sums, axis=1).to(tl.float64)
+        measured = tl.sum(sums, axis=1).to(tl.float64)
+        reached = beyond + (measured / _WHOLE if MASS else measured)
         smallest = tl.min(least)
         largest = tl.max(most)
         found = tl.max(tl.where(reached >= target, part, -1), axis=0)
@@ -306,12 +385,12 @@ def _find_cut(
 @triton.jit
 def _mass_above(listed: tl.tensor, length: tl.tensor, cut: tl.tensor, best: tl.tensor, STEP: tl.constexpr) -> tl.tensor:
     """The weight of the list's tokens above the cut."""
-    sums = tl.zeros([STEP], tl.float32)
+    sums = tl.zeros([STEP], tl.int64)
     for start in range(0, length, STEP):
         place = start + tl.arange(0, STEP)
         x = tl.load(listed + place, mask=place < length, other=-float("inf"))
-        sums += tl.where(x > cut, tl.exp(x - best), 0.0)
-    return tl.sum(sums, axis=0).to(tl.float64)
+        sums += tl.where(x > cut, (tl.exp(x - best) * _WHOLE).to(tl.int64), 0)
+    return tl.sum(sums, axis=0).to(tl.float64) / _WHOLE
 
 
 @triton.jit
@@ -321,6 +400,7 @@ def cut_kernel(
     top_k: tl.tensor,
     top_p: tl.tensor,
     state: tl.tensor,
+    lengths: tl.tensor,
     listed: tl.tensor,
     STEP: tl.constexpr,
 ) -> None:
@@ -331,7 +411,7 @@ def cut_kernel(
     best = tl.load(slot + BEST).to(tl.float32)
     if (by_count | by_mass) & (best > -float("inf")):
         listed += row * vocab
-        length = tl.load(slot + LENGTH).to(tl.int32)
+        length = tl.load(lengths + row)
         low = tl.load(slot + LOW).to(tl.float32)
         high = tl.load(slot + HIGH).to(tl.float32)
         over_mass = tl.load(slot + OVER_MASS)

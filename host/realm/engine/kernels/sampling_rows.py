@@ -35,8 +35,8 @@ OVER_COUNT = tl.constexpr(4)
 OVER_MASS = tl.constexpr(5)
 """The weight of the tokens above HIGH."""
 
-LENGTH = tl.constexpr(6)
-"""How many tokens are above LOW and not above HIGH."""
+SEARCH = tl.constexpr(6)
+"""Whether the row has to be searched for a cut: 1, else 0."""
 
 CUT = tl.constexpr(7)
 """Tokens above the cut are kept, and of those at the cut the first ROOM by id."""
@@ -44,7 +44,7 @@ CUT = tl.constexpr(7)
 ROOM = tl.constexpr(8)
 
 EDGES = tl.constexpr(16)
-"""The first of the eight lower borders of the parts of the first search."""
+"""The first of the four lower borders of the parts of the first search."""
 
 
 @triton.jit
