@@ -199,6 +199,7 @@ def test_a_captured_graph_draws_from_what_the_buffers_hold_at_its_replay(greedy:
             assert Oracle(values[row], p).allows(replayed[0][row]), p
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_a_draw_never_waits_for_the_host() -> None:
     sampler = DeviceSampler(5000, 4, CUDA)
     logits = torch.randn(4, 5000, device=CUDA)

@@ -44,7 +44,7 @@ SAMPLE = 2048
 _DEVIATIONS = tl.constexpr(3.0)
 """How many standard deviations of the sample's error the cut is looked for first, on both sides of the guess."""
 
-_GUESS_ROUNDS = tl.constexpr(14)
+_GUESS_ROUNDS = tl.constexpr(11)
 """Halvings of a row's range for a guess."""
 
 PARTS = tl.constexpr(8)
@@ -289,7 +289,8 @@ def gather_kernel(
     row = tl.program_id(1).to(tl.int64)
     slot = state + row * SLOTS
     if tl.load(slot + SEARCH) > 0:
-        # Room is taken by groups, and each counts its own: over a whole tile that takes more than all the rest.
+        # Groups are counted first, then the tokens of each: a thread has a group's tokens in its registers. To
+        # count over all the tile's tokens at once takes more time than all the rest.
         token = tl.program_id(0) * TILE + tl.arange(0, TILE)
         degree = tl.load(temperature + row)
         x = drawn_logits(logits + row * stride, mask + row * words, token, vocab, degree, MASKED)
