@@ -31,8 +31,8 @@ TILE = 8192
 SPLIT_STEP = 2048
 """Tokens that are held against the first edges at once."""
 
-GATHER_GROUP = 128
-"""Neighbouring tokens that take room in a row's list together."""
+GATHER_GROUP = 8
+"""Neighbouring tokens that are counted together: 16 bytes of bfloat16, what a thread loads at once."""
 
 CUT_STEP = 2048
 """Tokens of a row's list that one program of 512 threads measures at once."""

@@ -9,7 +9,8 @@ that a few percent of a flat row are left in the list, and a few dozen tokens of
 part the row's range evenly, which is at most as wide as matters to float32. A sample that misleads costs time and
 changes nothing. Whatever the logits, the list never has to be measured more than 20 times.
 
-The order of the list is left to chance, but not the result: weights are added up as whole numbers.
+In which order tiles come to the list is left to chance, but not the result: weights are added up as whole
+numbers.
 
 The idea of searching a threshold rather than sorting is common (radix select; the pivots of FlashInfer's
 samplers); here the result is the one of the exact order, ties and all, because guests may repeat their runs.
@@ -289,8 +290,8 @@ def gather_kernel(
     row = tl.program_id(1).to(tl.int64)
     slot = state + row * SLOTS
     if tl.load(slot + SEARCH) > 0:
-        # Groups are counted first, then the tokens of each: a thread has a group's tokens in its registers. To
-        # count over all the tile's tokens at once takes more time than all the rest.
+        # Groups are counted first, then the tokens of each, which are in one thread's registers. To count over
+        # all of a tile's tokens at once takes more time than all the rest.
         token = tl.program_id(0) * TILE + tl.arange(0, TILE)
         degree = tl.load(temperature + row)
         x = drawn_logits(logits + row * stride, mask + row * words, token, vocab, degree, MASKED)
@@ -298,11 +299,11 @@ def gather_kernel(
         high = tl.load(slot + HIGH).to(tl.float32)
         x = tl.reshape(x, [TILE // GROUP, GROUP])
         inside = (x > low) & (x <= high)
-        counts = tl.sum(inside.to(tl.int32), axis=1)
-        first = tl.atomic_add(
-            length + row + tl.zeros([TILE // GROUP], tl.int32), counts, mask=counts > 0, sem="relaxed"
-        )
-        place = first[:, None] + tl.cumsum(inside.to(tl.int32), axis=1) - 1
+        chosen = inside.to(tl.int32)
+        counts = tl.sum(chosen, axis=1)
+        first = tl.atomic_add(length + row, tl.sum(counts, axis=0), sem="relaxed")
+        first += tl.cumsum(counts, axis=0) - counts
+        place = first[:, None] + tl.cumsum(chosen, axis=1) - 1
         tl.store(listed + row * vocab + place, x, mask=inside)
 
 
