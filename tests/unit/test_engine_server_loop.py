@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from realm.channel import listen
-from realm.engine.server import GATHER_PATIENCE, MAX_OPERATIONS, EngineServer, Peer
+from realm.engine.server import CLAIM_SECONDS, GATHER_PATIENCE, MAX_OPERATIONS, EngineServer, Peer
 from realm.messages import (
     CONTINUE,
     DRAWN,
@@ -253,14 +253,13 @@ class Script:
 
     run_ahead, in_flight, due, may_run_ahead, trace = 2, 2, False, False, None
 
-    def __init__(self) -> None:
-        self.runner = self
+    def __init__(self, step_seconds: float) -> None:
+        self.runner, self.step_seconds = self, step_seconds
         self.rounds = 0
         self.done: list[object] = []
 
     @property
     def claims_can_wait(self) -> bool:
-        self.rounds += 1
         return self.rounds < 3
 
     def claim(self, turns: list[tuple[int, bytes]]) -> None:
@@ -285,25 +284,35 @@ class Script:
         return -1
 
 
-@pytest.mark.parametrize("ops", [False, True])
+@pytest.mark.parametrize(
+    ("step_seconds", "ops", "done"),
+    [
+        (1e9, False, [[1, 2, 3]]),
+        # A worker's other operations come after what it said before, so that is not kept waiting for them.
+        (1e9, True, [[1, 2], [FreeSequence(7)], [3]]),
+        # What comes when the step should end soon is taken in at once.
+        (CLAIM_SECONDS, False, [[1], [2], [3]]),
+    ],
+)
 def test_rows_of_all_workers_are_taken_in_at_once_before_their_step_is_settled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ops: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step_seconds: float, ops: bool, done: list[object]
 ) -> None:
-    script = Script()
+    script = Script(step_seconds)
     with closing(listen(str(tmp_path / "s"))) as listener:
         server = EngineServer(script, listener, 0.0)  # type: ignore[arg-type]
         peers = [Peer(link=None, worker=number) for number in (1, 2, 3)]  # type: ignore[arg-type]
-        freed = [FreeSequence(7)]
 
         def receive(timeout: float | None) -> None:
             peer = peers[script.rounds]
-            server._turn(peer, WorkerTurn(freed if ops and peer.worker == 2 else [], 0, bytes(CONTINUE.size)))
-            server._stopping = script.rounds == 2
+            script.rounds += 1
+            server._turn(
+                peer, WorkerTurn([FreeSequence(7)] if ops and peer.worker == 2 else [], 0, bytes(CONTINUE.size))
+            )
+            server._stopping = script.rounds == 3
 
         monkeypatch.setattr(server, "_receive", receive)
         server.run()
-    # A worker's other operations come after what it said before, so that is not kept waiting for them.
-    assert script.done == ([[1, 2], freed, [3], "settled"] if ops else [[1, 2, 3], "settled"])
+    assert script.done == [*done, "settled"]
 
 
 def test_rows_do_not_pile_up_while_a_step_takes_long(ahead: Served) -> None:
