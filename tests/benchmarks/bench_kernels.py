@@ -113,6 +113,21 @@ def prefill_launch(shape: Shape, chunks: int, count: int, context: int) -> tuple
     return launch, 4 * chunks * shape.heads * shape.dim * count * (context + (count + 1) // 2)
 
 
+def torch_attention(shape: Shape, rows: int, count: int, context: int) -> Launch:
+    """torch's own attention of ``count`` tokens a row after ``context`` (one of the two is 0 or 1), on keys and
+    values that lie in order and are rotated and stored already: what ours has to beat with more to do."""
+    length = context + count
+    layers = max(1, min(LAUNCHES, (4 << 30) // (4 * rows * length * shape.kv_heads * shape.dim)))
+    query = random(rows, shape.heads, count, shape.dim)
+    caches = [random(2, rows, shape.kv_heads, length, shape.dim) for _ in range(layers)]
+
+    def launch(number: int) -> None:
+        keys, values = caches[number % layers]
+        torch.nn.functional.scaled_dot_product_attention(query, keys, values, is_causal=count > 1, enable_gqa=True)
+
+    return launch
+
+
 def skinny_launches(hidden: int, inner: int, qkv: int) -> Iterator[tuple[str, Launch, Launch, float]]:
     """Products of a layer at one row: what, by ``skinny_linear``, as torch and other kernels do it, and its bytes."""
     layers = max(1, min(LAUNCHES, (1 << 30) // (2 * hidden * inner)))
@@ -182,10 +197,14 @@ def measurements() -> Iterator[tuple[str, str, float, float, str]]:
             splits = decoding.decode_splits(rows, shape.kv_heads, length, multiprocessors)
             launch, size = decode_launch(shape, rows, length, splits)
             yield model, f"attention_decode {rows} of {length}, {splits} splits", microseconds(launch), size, "B"
+            time = microseconds(torch_attention(shape, rows, 1, length - 1))
+            yield model, f"attention_decode {rows} of {length}: torch", time, size, "B"
         for chunks, count, context in [(1, 128, 0), (64, 128, 0), (1, 8192, 0), (1, 100, 32_000), (1, 8192, 24_000)]:
             launch, work = prefill_launch(shape, chunks, count, context)
             what = f"attention_prefill {chunks} x {count} after {context}"
             yield model, what, microseconds(launch), work, "FLOP"
+            if not context:
+                yield model, f"{what}: torch", microseconds(torch_attention(shape, chunks, count, 0)), work, "FLOP"
 
 
 Found = dict[str, list[tuple[float, float, str]]]
