@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from realm.channel import listen
+from realm.engine.pipeline import Pipeline
 from realm.engine.server import CLAIM_SECONDS, GATHER_PATIENCE, MAX_OPERATIONS, EngineServer, Peer
 from realm.messages import (
     CONTINUE,
@@ -251,7 +252,7 @@ def test_rows_wait_behind_the_operations_of_turns_before(ahead: Served) -> None:
 class Script:
     """An engine with two steps in flight, of which the first is done in its third round of the loop."""
 
-    run_ahead, in_flight, due, may_run_ahead, trace = 2, 2, False, False, None
+    run_ahead, in_flight, due, may_run_ahead, trace, lanes = 2, 2, False, False, None, 32
 
     def __init__(self, step_seconds: float) -> None:
         self.runner, self.step_seconds = self, step_seconds
@@ -301,6 +302,7 @@ def test_rows_of_all_workers_are_taken_in_at_once_before_their_step_is_settled(
     with closing(listen(str(tmp_path / "s"))) as listener:
         server = EngineServer(script, listener, 0.0)  # type: ignore[arg-type]
         peers = [Peer(link=None, worker=number) for number in (1, 2, 3)]  # type: ignore[arg-type]
+        server._workers.update({peer.worker: peer for peer in peers if peer.worker is not None})
 
         def receive(timeout: float | None) -> None:
             peer = peers[script.rounds]
@@ -315,6 +317,34 @@ def test_rows_of_all_workers_are_taken_in_at_once_before_their_step_is_settled(
     assert script.done == [*done, "settled"]
 
 
+def test_rows_that_were_held_when_all_steps_ended_at_once_are_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both steps end after the loop has found that calls can wait: then no device and no timer wakes it."""
+    with closing(Served(tmp_path, 2)) as served:
+        chat = Chat(served.worker(1), 10)
+        served.execute()
+        chat.receive()
+        served.launched(3)
+        held: list[bool] = []
+        wait = Pipeline.claims_can_wait.fget
+        assert wait is not None
+
+        def can_wait(pipeline: Pipeline) -> bool:
+            found: bool = wait(pipeline) if not served.server._claims else True
+            if served.server._claims and not held:
+                held.append(found)
+                served.runner.execute()
+                served.runner.execute()
+            return found
+
+        monkeypatch.setattr(Pipeline, "claims_can_wait", property(can_wait))
+        monkeypatch.setattr(served.server, "_hold_until", lambda: float("inf"))
+        chat.go_on()
+        chat.receive()
+        assert held == [True]
+
+
 def test_rows_do_not_pile_up_while_a_step_takes_long(ahead: Served) -> None:
     link = ahead.worker(1)
     Chat(link, 10)
@@ -323,7 +353,7 @@ def test_rows_do_not_pile_up_while_a_step_takes_long(ahead: Served) -> None:
     for _ in range(20):
         link.channel.send(WorkerTurn([], 0, junk))
         ahead.stats()
-        assert ahead.server._claimed <= 2 * MAX_OPERATIONS
+        assert ahead.server._claimed <= ahead.runner.lanes // 2
     # All are heard, at the latest when the step is done: each is a call on no sequence.
     ahead.runner.execute()
     failed = 0
@@ -337,7 +367,7 @@ class Outlook:
     """An engine of which only matters who could be in its next step."""
 
     def __init__(self, in_flight: int, ready: int, held: list[int]) -> None:
-        self.run_ahead, self.in_flight, self.trace = 2, in_flight, None
+        self.run_ahead, self.in_flight, self.trace, self.lanes = 2, in_flight, None, 32
         self.runner = self
         self._outlook = ready, np.array(held, np.int64)
 

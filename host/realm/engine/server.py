@@ -120,6 +120,8 @@ class EngineServer:
         self._gateway: Peer | None = None
         self._claims: list[tuple[int, bytes]] = []
         self._claimed = 0
+        # Guests have at most one call each that goes on.
+        self._most_claimed = core.runner.lanes // 2
         self._stopping = False
         self._ran_out = False
         self._trace = core.trace = trace
@@ -142,6 +144,9 @@ class EngineServer:
                 self._claim()
             while core.settle(False):
                 self._settled_at = time.perf_counter()
+            # The step may have ended only after it was asked: with a place free nothing waits.
+            if core.in_flight < self._most_in_flight:
+                self._claim()
             self._reply()
             if self._may_launch() and time.perf_counter() >= self._launch_at():
                 self._launch()
@@ -159,7 +164,6 @@ class EngineServer:
 
     def _launch(self) -> None:
         core = self._core
-        self._claim()
         for peer in self._awaited():
             peer.missed += 1
         busy = core.in_flight > 0
@@ -220,16 +224,22 @@ class EngineServer:
     def _reply(self) -> None:
         """Send what has become ready."""
         began = time.perf_counter()
-        singly = self._core.answered_singly()
-        results = self._core.take()
-        for worker, (messages, rows) in results.items():
-            peer = self._workers.get(worker)
-            if peer is not None:
-                peer.sent += 1
-                peer.singly = worker in singly
-                self._send(peer, EngineReply(peer.sent, messages, rows))
-        if results and self._trace is not None:
-            self._trace.span("send", began, time.perf_counter(), len(results))
+        count = 0
+        # A worker that does not read is lost, and what others had said by then is taken in: that gives more.
+        while True:
+            singly = self._core.answered_singly()
+            results = self._core.take()
+            if not results:
+                break
+            count += len(results)
+            for worker, (messages, rows) in results.items():
+                peer = self._workers.get(worker)
+                if peer is not None:
+                    peer.sent += 1
+                    peer.singly = worker in singly
+                    self._send(peer, EngineReply(peer.sent, messages, rows))
+        if count and self._trace is not None:
+            self._trace.span("send", began, time.perf_counter(), count)
 
     def _receive(self, timeout: float | None) -> None:
         """Apply what has arrived; waits up to ``timeout`` seconds (None: for ever) for something."""
@@ -334,9 +344,10 @@ class EngineServer:
             if rows:
                 self._claims.append((peer.worker, turn.continues))
                 self._claimed += rows
-            if turn.ops or self._claimed > MAX_OPERATIONS:
+            if turn.ops or self._claimed > self._most_claimed:
                 # What goes on comes before the other operations of its turn and of those that follow.
                 self._claim()
+            if turn.ops and self._is_there(peer):
                 self._core.submit(peer.worker, turn.ops)
             return
         if rows:
@@ -371,8 +382,14 @@ class EngineServer:
                     log.exception("operations of worker %s could not be handled; closing its link", worker)
                     self._lost(peer)
 
+    def _is_there(self, peer: Peer) -> bool:
+        """Whether a worker's link was not closed meanwhile: what it asks for would be nobody's."""
+        return peer.worker is not None and self._workers.get(peer.worker) is peer
+
     def _submit_portion(self, worker: int, peer: Peer) -> None:
         self._claim()
+        if not self._is_there(peer):
+            return
         portion: list[EngineOp] = []
         while peer.backlog and peer.allowance > 0:
             first = peer.backlog.popleft()

@@ -51,8 +51,8 @@ _GUESS_ROUNDS = tl.constexpr(11)
 PARTS = tl.constexpr(8)
 """How many parts a list is split into at once."""
 
-_WHOLE = tl.constexpr(35184372088832.0)
-"""2**45: weights, at most 1, are counted in parts of this, so that 2**17 of them do not overflow 63 bits."""
+_WHOLE = tl.constexpr(8796093022208.0)
+"""2**43: weights, at most 1, are counted in parts of this, so that 2**19 of them do not overflow 63 bits."""
 
 _WIDEST = tl.constexpr(104.0)
 """exp(-104) is 0 in float32: a token that is this far below the best has no weight, kept or not."""
@@ -140,7 +140,7 @@ def begin_kernel(
         guess = _weight_reaches(x, weight, aim, least, finite)
         below = tl.where(x <= guess, weight, 0.0)
         found = tl.maximum(tl.sum(below, axis=0), 1e-30)
-        error = tl.minimum(_DEVIATIONS * tl.sqrt(tl.sum(below * below, axis=0)) / found, 0.9)
+        error = tl.minimum(tl.sqrt(tl.sum(below * below, axis=0)) * _DEVIATIONS / found, 0.9)
         under = _weight_reaches(x, weight, aim * (1.0 - error), least, guess)
         over = _weight_reaches(x, weight, aim * (1.0 + error), guess, finite)
         edges = tl.where(part == 0, least, tl.where(part == 1, under, tl.where(part == 2, guess, over)))

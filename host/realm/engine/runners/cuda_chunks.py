@@ -180,6 +180,8 @@ class ChunkSteps:
             ValueError: when there are more sequences than the runner was made for.
         """
         shape, common = self.shape(batch)
+        if shape.decodes + shape.tokens > self._pass.rows:
+            raise ValueError(f"a step of {shape.decodes + shape.tokens} rows; the runner has {self._pass.rows}")
         if shape.outputs > self._rows:
             raise ValueError(f"a step of {shape.outputs} sequences; the runner has {self._rows} output rows")
         block.reset()
