@@ -218,6 +218,17 @@ def test_a_step_beyond_the_runner_is_refused(runner: CudaRunner) -> None:
     assert len(runner.launch(book.step({}, [book.chunk(10, [1, 2])])).wait().tokens) == 1
 
 
+def test_a_step_of_more_rows_than_there_is_memory_for_is_refused(runner: CudaRunner) -> None:
+    """Else its rows would be written behind the activations."""
+    most = runner._pass.rows
+    book = Book(runner)
+    book.free = [0] * most
+    chunks = [book.chunk(lane, [1] * (most // 4 + 1)) for lane in range(4)]
+    with pytest.raises(ValueError, match=f"rows; the runner has {most}"):
+        runner.launch(book.step({}, chunks))
+    assert len(runner.launch(Book(runner).step({3: 1})).wait().tokens) == 1
+
+
 def test_room_for_chunks_is_one_of_few_and_enough(runner: CudaRunner) -> None:
     rng = random.Random(5)
     rooms = set()

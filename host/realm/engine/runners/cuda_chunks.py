@@ -177,7 +177,7 @@ class ChunkSteps:
         """Write a step's inputs to ``block``; returns what computes it once the block was sent.
 
         Raises:
-            ValueError: when there are more sequences than the runner was made for.
+            ValueError: when there are more sequences or rows than the runner was made for.
         """
         shape, common = self.shape(batch)
         if shape.decodes + shape.tokens > self._pass.rows:
