@@ -44,6 +44,7 @@ GUESTS = (
     Guest("generate", "guest_modules/generate/generate.c", "host/realm/guests/builtin/generate.wasm"),
     Guest("chat", "guest_modules/chat/chat.c", "guest_modules/chat/chat.wasm"),
     Guest("best_of_n", "guest_modules/best_of_n/best_of_n.c", "guest_modules/best_of_n/best_of_n.wasm"),
+    Guest("ab_test", "guest_modules/ab_test/ab_test.c", "guest_modules/ab_test/ab_test.wasm"),
     Guest("constrained", "guest_modules/constrained/constrained.zig", "guest_modules/constrained/constrained.wasm"),
     Guest("decode", "guest_modules/decode/decode.c", "guest_modules/decode/decode.wasm"),
     # The host ships this one too, for `realm bench`.

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from realm.engine.batch import LAST_DRAWN, StepBatch, StepResult
+from realm.engine.batch import LAST_DRAWN, AdapterMemory, NoAdapterMemory, StepBatch, StepResult
 from realm.engine.core import EngineCore
 from realm.engine.kv_cache import PAGE_SIZE
 from realm.engine.sampling import draw
@@ -59,17 +59,17 @@ CONFIG = ModelConfig(
 # --- what the tokens must be ----------------------------------------------------------------------------
 
 
-def _extend(seen: int, token: int, position: int) -> tuple[int, int]:
+def _extend(seen: int, token: int, position: int, adapter: int) -> tuple[int, int]:
     """Contents of one more place, and the sum over all places with it."""
-    contents = draws.mix((seen + token * 0x9E3779B1 + position) & _MASK) | 1
+    contents = draws.mix((seen + token * 0x9E3779B1 + position + adapter * 0xC2B2AE3D27D4EB4F) & _MASK) | 1
     return contents, (seen + contents * _WEIGHTS[position]) & _MASK
 
 
-def state_of(tokens: Iterable[int]) -> int:
-    """What the row of the last of a sequence's ``tokens`` has to see."""
+def state_of(tokens: Iterable[int], adapter: int = 0) -> int:
+    """What the row of the last of a sequence's ``tokens`` has to see; ``adapter``: its contents, 0 is none."""
     seen = 0
     for position, token in enumerate(tokens):
-        _, seen = _extend(seen, token, position)
+        _, seen = _extend(seen, token, position, adapter)
     return seen
 
 
@@ -97,9 +97,9 @@ def logprob_of(state: int, token: int) -> float:
     return float(np.float32(-((state + token) % 4096) / 64))
 
 
-def check_result(tokens: list[int], p: SamplingParams | None, result: ForwardDone) -> None:
+def check_result(tokens: list[int], p: SamplingParams | None, result: ForwardDone, adapter: int = 0) -> None:
     """Raises AssertionError unless this is what a call of a sequence that now has ``tokens`` must give."""
-    state = state_of(tokens)
+    state = state_of(tokens, adapter)
     if result.logits is not None:
         assert result.logits == logits_of(state).tobytes(), "another position's logits"
     if p is None:
@@ -120,13 +120,14 @@ def check_result(tokens: list[int], p: SamplingParams | None, result: ForwardDon
 
 @dataclass(slots=True)
 class _Row:
-    """One sequence's part: ``tokens`` at ``start ..``, or :data:`LAST_DRAWN` of ``lane``."""
+    """One sequence's part: ``tokens`` at ``start ..``, or :data:`LAST_DRAWN` of ``lane``. ``slot``: its adapter's."""
 
     tokens: list[int]
     start: int
     pages: list[int]
     lane: int
     draws: bool
+    slot: int = -1
 
 
 class _Step:
@@ -141,6 +142,36 @@ class _Step:
         return self._runner.results.pop(self._number)
 
 
+@dataclass(frozen=True, slots=True)
+class FakeWeights:
+    """In place of an adapter's weights: what they are is a number. ``nbytes``: their size."""
+
+    contents: int
+    nbytes: int
+    rank: int = 4
+
+
+class CheckedMemory:
+    """Memory for adapters. What a slot holds changes at once, also for rows that are launched and not computed:
+    those must be nobody's."""
+
+    dtype = torch.float32
+
+    def __init__(self, slots: int, capacity: int) -> None:
+        self.slots, self.capacity = slots, capacity
+        self.contents = [0] * slots
+        self._ranges: dict[int, tuple[int, int]] = {}
+
+    def put(self, slot: int, at: int, weights: FakeWeights) -> None:
+        assert 0 <= slot < self.slots and at % 256 == 0 and 0 <= at <= self.capacity - weights.nbytes
+        self.contents[slot] = weights.contents
+        self._ranges[slot] = (at, at + weights.nbytes)
+        for other, (start, end) in self._ranges.items():
+            if other != slot and start < at + weights.nbytes and at < end:
+                # Overwritten: whoever computes with it now computes nonsense.
+                self.contents[other] = 0xBAD
+
+
 class CheckedRunner:
     """Steps are computed in the order of their launches, when somebody waits or :meth:`execute` says so.
 
@@ -149,8 +180,9 @@ class CheckedRunner:
         undrawable: states for which no token can be drawn (the row's token is then -1).
     """
 
-    def __init__(self, pages: int, lanes: int) -> None:
+    def __init__(self, pages: int, lanes: int, memory: CheckedMemory | None = None) -> None:
         self.config = CONFIG
+        self.adapters: AdapterMemory = memory or NoAdapterMemory(torch.float32)
         self.pages, self.lanes = pages, lanes
         self.executed = self.launched = self.computed = 0
         self.results: dict[int, StepResult] = {}
@@ -212,6 +244,12 @@ class CheckedRunner:
             assert chunk.tokens.dtype == np.uint32 and len(chunk.tokens) > 0 and int(chunk.tokens.max()) < VOCAB
             assert -1 <= chunk.lane < self.lanes and (chunk.draws or chunk.lane < 0)
             rows.append(_Row(chunk.tokens.tolist(), chunk.start, list(chunk.pages), chunk.lane, chunk.draws))
+        if batch.adapters is not None:
+            assert batch.adapters.dtype == np.int32 and batch.adapters.shape == (len(rows),)
+            assert (batch.adapters >= 0).any(), "a step without adapters that is not a plain one"
+            for row, slot in zip(rows, batch.adapters.tolist(), strict=True):
+                assert -1 <= slot < self.adapters.slots
+                row.slot = slot
         lanes = [row.lane for row in rows if row.lane >= 0]
         assert len(set(lanes)) == len(lanes), "two rows of a step in one lane"
         assert batch.outputs == sum(row.draws for row in rows)
@@ -291,9 +329,11 @@ class CheckedRunner:
         # A token of a failed draw has no right contents, but nobody is to see what follows from it either.
         assert past.all(), "a row reads a place that was cleared and not written"
         seen = int((past * _WEIGHT_ROW[: row.start]).sum(dtype=np.uint64))
+        memory = self.adapters
+        adapter = memory.contents[row.slot] if isinstance(memory, CheckedMemory) and row.slot >= 0 else 0
         for position, token in enumerate(row.tokens, row.start):
             known = self._last[row.lane] if token == LAST_DRAWN else token
-            contents, seen = _extend(seen, known, position)
+            contents, seen = _extend(seen, known, position, adapter)
             self._cache[row.pages[position // PAGE_SIZE], position % PAGE_SIZE] = contents
             self.computed += 1
         return seen
@@ -306,8 +346,9 @@ def checked_engine(
     budget: int = 64,
     run_ahead: int = 0,
     clock: Callable[[], float] = time.monotonic,
+    memory: CheckedMemory | None = None,
 ) -> tuple[EngineCore, CheckedRunner]:
-    """An engine on a checked runner. ``lanes``: most sequences a step."""
-    runner = CheckedRunner(pages, 2 * lanes)
+    """An engine on a checked runner. ``lanes``: most sequences a step. ``memory``: for adapters."""
+    runner = CheckedRunner(pages, 2 * lanes, memory)
     scheduler = Scheduler(pages, token_budget=budget, max_sequences=lanes)
     return EngineCore("checked", runner, scheduler, clock=clock, run_ahead=run_ahead), runner

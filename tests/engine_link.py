@@ -10,6 +10,7 @@ from realm.channel import BlockingChannel, ChannelClosed, connect
 from realm.engine.answers import as_messages
 from realm.engine.workers import WORKER_SHIFT
 from realm.messages import (
+    AdapterStates,
     EngineReady,
     EngineReply,
     EngineResult,
@@ -20,7 +21,7 @@ from realm.messages import (
 )
 from tests.tiny import pack
 
-FROM_ENGINE = EngineReply | EngineReady | EngineStats
+FROM_ENGINE = EngineReply | EngineReady | EngineStats | AdapterStates
 
 
 class Link:

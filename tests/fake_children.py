@@ -15,6 +15,8 @@ from typing import Any
 from realm.channel import BlockingChannel, ChannelClosed, connect, listen
 from realm.engine.options import declare
 from realm.messages import (
+    AdaptersRequest,
+    AdapterStates,
     CancelRun,
     EngineReady,
     EngineReply,
@@ -66,6 +68,8 @@ def engine() -> int:
                     elif isinstance(message, StatsRequest):
                         counters = (0,) * 8
                         peers[ready].send(EngineStats(message.call, "tiny", *counters, 0.0, 10, 10, 0, 0, {}))
+                    elif isinstance(message, AdaptersRequest):
+                        peers[ready].send(AdapterStates(message.call, []))
             except ChannelClosed:
                 if ready == gateway:
                     return 0

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -27,6 +28,11 @@ from realm.gateway.gateway import Gateway
 from realm.gateway.links import EngineClient, Link
 from realm.gateway.server import ClientServer
 from realm.messages import (
+    AdapterFile,
+    AdapterGone,
+    AdaptersRequest,
+    AdapterState,
+    AdapterStates,
     CancelRun,
     ClientMessage,
     Credit,
@@ -57,6 +63,7 @@ from realm.registry.database import Database
 from realm.registry.thread import Registry
 from realm.serve import bind
 from realm.settings import GatewayLimits, ServeSettings
+from tests.gateway_adapters import SHAPE
 
 T = TypeVar("T")
 WASM = b"\0asm\x01\0\0\0"
@@ -220,11 +227,21 @@ class FakeWorker:
 
 
 class FakeEngine:
-    """Answers the gateway's messages."""
+    """Answers the gateway's messages.
+
+    ``adapters`` are the messages that tell of adapters, in order, and ``asked`` the tenants whose states were
+    asked for. ``states`` are the answers, which wait for ``gate``.
+    """
 
     def __init__(self) -> None:
         self.lost_workers: list[int] = []
         self.quotas: dict[str, TenantQuota] = {}
+        self.adapters: list[AdapterFile | AdapterGone] = []
+        self.asked: list[str] = []
+        self.states: dict[str, list[AdapterState]] = {}
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
         self._links: list[Link[Any]] = []
 
@@ -246,8 +263,19 @@ class FakeEngine:
                 link.send(EngineStats(message.call, "tiny", 10, 20, 4, 3, 100, 50, 0, 0, 1.5, 100, 90, 10, 0, tenants))
             case TenantQuota():
                 self.quotas[message.tenant] = message
+            case AdapterFile() | AdapterGone():
+                self.adapters.append(message)
+            case AdaptersRequest():
+                self.asked.append(message.tenant)
+                task = asyncio.get_running_loop().create_task(self._answer(link, message))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
             case WorkerLost():
                 self.lost_workers.append(message.worker)
+
+    async def _answer(self, link: Link[Any], request: AdaptersRequest) -> None:
+        await self.gate.wait()
+        link.send(AdapterStates(request.call, self.states.get(request.tenant, [])))
 
     def die(self) -> None:
         assert self._server is not None
@@ -353,6 +381,25 @@ class FakeHost:
             await self.gateway.worker_joined.wait()
         return worker
 
+    async def restart_engine(self, gate: asyncio.Event | None = None) -> None:
+        """A new engine in place of one that has gone, as the supervisor does it; see :class:`FakeEngine`."""
+        self.engine = FakeEngine()
+        self.engine.gate = gate or self.engine.gate
+        path = self.sockets / f"engine{secrets.token_hex(4)}"
+        await self.engine.listen(path)
+        client = EngineClient()
+        await client.connect(str(path), os.getpid())
+        await client.ready
+        self.gateway.engine_ready(client)
+
+    async def lose_engine(self) -> None:
+        """The engine goes, and the gateway knows it."""
+        engine = self.gateway.engine
+        assert engine is not None
+        self.engine.die()
+        await engine.lost.wait()
+        self.gateway.engine_lost()
+
     @contextlib.asynccontextmanager
     async def raw(self, **options: Any) -> AsyncIterator[FakeClient]:
         """A client that has not said who it is, unless ``additional_headers`` do."""
@@ -377,10 +424,12 @@ async def fake_host(
     limits: GatewayLimits | None = None,
     workers: int = 1,
     defaults: Mapping[str, int] | None = None,
+    model: str = "tiny",
+    keys: Mapping[str, str] | None = None,
 ) -> AsyncIterator[FakeHost]:
     """A host on a free port of loopback, with ``defaults`` for all tenants' limits.
 
-    ``home`` may hold an earlier one's registry.
+    ``home`` may hold an earlier one's registry; then ``keys`` are what that one gave.
     """
     # Unix socket paths are short: pytest's folders may be too deep for them.
     sockets = Path(tempfile.mkdtemp(prefix="realm-test-"))
@@ -393,7 +442,8 @@ async def fake_host(
     gateway = Gateway(
         settings,
         registry,
-        model="tiny",
+        model=model,
+        shape=SHAPE,
         compiler=compiler,
         builtin=builtin,
         models=lambda: [{"name": "tiny", "served": True, "context_length": 2048, "parameters": 1000}],
@@ -408,15 +458,15 @@ async def fake_host(
     server = ClientServer(gateway)
     await server.open(bind("127.0.0.1", 0))
     first = await registry.run(Database.ensure_admin)
-    keys: dict[str, str] = {}
+    known = dict(keys or {})
     key_ids: dict[str, str] = {}
     if first is not None:
-        keys["admin"], key_ids["admin"] = first.key, first.id
+        known["admin"], key_ids["admin"] = first.key, first.id
         for tenant in ("alice", "bob"):
             await registry.run(functools.partial(Database.add_tenant, name=tenant))
             made = await registry.run(functools.partial(Database.add_key, tenant=tenant))
-            keys[tenant], key_ids[tenant] = made.key, made.id
-    host = FakeHost(home, sockets, gateway, registry, server, engine, compiler, keys, key_ids)
+            known[tenant], key_ids[tenant] = made.key, made.id
+    host = FakeHost(home, sockets, gateway, registry, server, engine, compiler, known, key_ids)
     try:
         for number in range(1, workers + 1):
             await host.add_worker(number, script)
@@ -424,10 +474,11 @@ async def fake_host(
     finally:
         await server.close(grace=0.2)
         await gateway.close()
-        client.close()
+        assert gateway.engine is not None
+        gateway.engine.close()
         for worker in host.workers:
             await worker.closed.wait()
-        engine.die()
+        host.engine.die()
         await registry.close()
         await asyncio.sleep(0)
         shutil.rmtree(sockets)

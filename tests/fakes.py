@@ -27,6 +27,7 @@ from realm.messages import (
     CONTINUE,
     DRAWN,
     NO_LANE,
+    ApplyAdapter,
     CallDone,
     CallFailed,
     EndRun,
@@ -93,15 +94,15 @@ class FakeTokenizer:
         return "".join(f"<{m['role']}>{m['content']}" for m in messages) + ("<assistant>" if generate else "")
 
 
-def logits_of(tokens: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Logits [VOCAB] as a function of nothing but the sequence's tokens."""
-    seed = zlib.crc32(array("I", tokens).tobytes())
+def logits_of(tokens: Sequence[int], adapter: str = "") -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Logits [VOCAB] as a function of nothing but the sequence's tokens and adapter."""
+    seed = zlib.crc32(array("I", tokens).tobytes(), zlib.crc32(adapter.encode()))
     return np.random.default_rng(seed).normal(size=VOCAB).astype(np.float32) * 3
 
 
-def greedy(tokens: Sequence[int]) -> int:
+def greedy(tokens: Sequence[int], adapter: str = "") -> int:
     """The token that a greedy forward of the fake engine draws."""
-    return int(logits_of(tokens).argmax())
+    return int(logits_of(tokens, adapter).argmax())
 
 
 class FakeEngine:
@@ -119,7 +120,12 @@ class FakeEngine:
         self._lanes: dict[int, int] = {}
         self.sequences: dict[int, list[int]] = {}
         self.run_of: dict[int, int] = {}
+        # Ranks of the adapters that there are, and which sequences have one.
+        self.adapters: dict[str, int] = {}
+        self.adapter_of: dict[int, str] = {}
+        self.applied: list[tuple[int, str]] = []
         self.saved: dict[tuple[str, str], list[int]] = {}
+        self.adapter_of_saved: dict[tuple[str, str], str] = {}
         self.results: deque[EngineResult] = deque()
         self.fail: Callable[[Forward], CallFailed | None] = lambda op: None
         self.forwards: list[Forward] = []
@@ -144,6 +150,7 @@ class FakeEngine:
                 case ForkSequence():
                     self.sequences[op.child] = list(self.sequences[op.parent])
                     self.run_of[op.child] = self.run_of[op.parent]
+                    self.adapter_of[op.child] = self.adapter_of.get(op.parent, "")
                 case TruncateSequence():
                     assert op.length <= len(self.sequences[op.seq])
                     del self.sequences[op.seq][op.length :]
@@ -151,9 +158,12 @@ class FakeEngine:
                     del self.sequences[op.seq], self.run_of[op.seq]
                 case Forward():
                     self._forward(op)
+                case ApplyAdapter():
+                    self._apply(op)
                 case SaveSequence():
                     tokens = self.sequences[op.seq]
                     self.saved[("a", op.name)] = list(tokens)
+                    self.adapter_of_saved[("a", op.name)] = self.adapter_of.get(op.seq, "")
                     self.results.append(CallDone(op.call, len(tokens)))
                 case OpenSaved():
                     found = self.saved.get((op.tenant, op.name))
@@ -161,11 +171,21 @@ class FakeEngine:
                         self.results.append(CallFailed(op.call, ErrorCode.NOT_FOUND, "no such name"))
                     else:
                         self.sequences[op.seq], self.run_of[op.seq] = list(found), op.run
+                        self.adapter_of[op.seq] = self.adapter_of_saved[(op.tenant, op.name)]
                         self.results.append(CallDone(op.call, len(found)))
                 case EndRun():
                     self.ended.append(op.run)
                     for seq in [s for s, run in self.run_of.items() if run == op.run]:
                         del self.sequences[seq], self.run_of[seq]
+
+    def _apply(self, op: ApplyAdapter) -> None:
+        assert op.seq in self.sequences
+        self.applied.append((op.seq, op.name))
+        if op.name and op.name not in self.adapters:
+            self.results.append(CallFailed(op.call, ErrorCode.NOT_FOUND, f"there is no adapter {op.name!r}"))
+            return
+        self.adapter_of[op.seq] = op.name
+        self.results.append(CallDone(op.call, self.adapters.get(op.name, 0)))
 
     def _forward(self, op: Forward) -> None:
         self.forwards.append(op)
@@ -176,7 +196,7 @@ class FakeEngine:
         tokens = self.sequences[op.seq]
         tokens.extend(array("I", op.tokens))
         assert len(tokens) <= CONTEXT
-        logits = logits_of(tokens)
+        logits = logits_of(tokens, self.adapter_of.get(op.seq, ""))
         token, logprob = -1, float("nan")
         if op.sampling is not None:
             token, logprob = draw_token(logits, op.sampling, np.array(tokens))

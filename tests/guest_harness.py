@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import wasmtime
 
+from realm.guests.abi import ErrorCode
 from realm.guests.bulk_memory import rewrite
 from realm.guests.facts import ModelFacts
 from realm.guests.fibers import Engine
@@ -22,6 +23,9 @@ from realm.guests.module_format import parse_module
 from realm.guests.runtime import GuestRuntime
 from realm.guests.sampling_reference import draw_token
 from realm.messages import (
+    ApplyAdapter,
+    CallDone,
+    CallFailed,
     ClientMessage,
     EndRun,
     EngineOp,
@@ -129,10 +133,16 @@ def answers(*scripts: Sequence[int]) -> Policy:
 
 @dataclass
 class ScriptedEngine:
-    """Answers every operation at once, with the policy's logits."""
+    """Answers every operation at once, with the policy's logits, or those of the sequence's adapter.
+
+    ``batches`` says how many forwards came together, ``applied`` which adapters were asked for.
+    """
 
     policy: Policy
     context: int
+    adapters: dict[str, Policy] = field(default_factory=dict)
+    adapter_of: dict[int, str] = field(default_factory=dict)
+    applied: list[str] = field(default_factory=list)
     sequences: dict[int, list[int]] = field(default_factory=dict)
     forwards: list[list[int]] = field(default_factory=list)
     batches: list[int] = field(default_factory=list)
@@ -148,6 +158,7 @@ class ScriptedEngine:
                 case ForkSequence():
                     self.forks += 1
                     self.sequences[op.child] = list(self.sequences[op.parent])
+                    self.adapter_of[op.child] = self.adapter_of.get(op.parent, "")
                 case TruncateSequence():
                     self.truncations += 1
                     del self.sequences[op.seq][op.length :]
@@ -155,13 +166,24 @@ class ScriptedEngine:
                     del self.sequences[op.seq]
                 case EndRun():
                     self.sequences.clear()
+                case ApplyAdapter():
+                    results.append(self._apply(op))
                 case Forward():
                     results.append(self._forward(op))
                 case _:
                     raise AssertionError(op)
-        if results:
-            self.batches.append(len(results))
+        together = sum(isinstance(result, ForwardDone) for result in results)
+        if together:
+            self.batches.append(together)
         return results
+
+    def _apply(self, op: ApplyAdapter) -> EngineResult:
+        assert op.seq in self.sequences
+        self.applied.append(op.name)
+        if op.name and op.name not in self.adapters:
+            return CallFailed(op.call, ErrorCode.NOT_FOUND, f"there is no adapter {op.name!r}")
+        self.adapter_of[op.seq] = op.name
+        return CallDone(op.call, 8 if op.name else 0)
 
     def _forward(self, op: Forward) -> ForwardDone:
         added = list(array("I", op.tokens))
@@ -169,7 +191,7 @@ class ScriptedEngine:
         tokens = self.sequences[op.seq]
         tokens += added
         assert len(tokens) <= self.context
-        logits = self.policy(tokens)
+        logits = {**self.adapters, "": self.policy}[self.adapter_of.get(op.seq, "")](tokens)
         token, logprob = -1, float("nan")
         if op.sampling is not None:
             token, logprob = draw_token(logits, op.sampling, np.array(tokens))
@@ -218,12 +240,16 @@ def run_guest(
     template: bool = True,
     seed: int = 1,
     limits: RunLimits | None = None,
+    adapters: dict[str, Policy] | None = None,
 ) -> Ran:
-    """Run a guest to its end. Each log line that asks for a message is answered with the next one."""
+    """Run a guest to its end. Each log line that asks for a message is answered with the next one.
+
+    ``adapters`` are the models that sequences with an adapter of that name get.
+    """
     facts = ModelFacts(VOCAB, context, bos=None, eos=frozenset({EOS}), layers=1, hidden_size=8)
     now = 0.0
     runtime = GuestRuntime(1, WordTokenizer(template), facts, clock=lambda: now, wall_clock=lambda: 1.0)
-    engine = ScriptedEngine(policy, context)
+    engine = ScriptedEngine(policy, context, adapters or {})
     data = input if isinstance(input, bytes) else json.dumps(input).encode()
     path, sha256 = _artifact(wasm)
     runtime.start(StartRun(1, "tenant", "guest", path, data, seed, limits or RunLimits(), 1 << 24, sha256))

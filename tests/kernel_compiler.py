@@ -76,6 +76,7 @@ def forward_pass(heads: int, kv_heads: int, dim: int, hidden: int, inner: int, d
     from realm.engine.kernels.attention_decode import DecodeWorkspace, attention_decode
     from realm.engine.kernels.attention_prefill import TILES, attention_prefill, prefill_tile
     from realm.engine.kernels.elementwise import add_rms_norm, silu_mul
+    from realm.engine.kernels.lora import FEW, MANY, SPLIT_ROWS, Adapters, Group, lora_expand, lora_shrink
     from realm.engine.kernels.rotary import rope_and_store
     from realm.engine.kernels.skinny import skinny_linear
 
@@ -105,6 +106,19 @@ def forward_pass(heads: int, kv_heads: int, dim: int, hidden: int, inner: int, d
     stream, wide = floats(1, hidden), floats(1, inner)
     skinny_linear(stream, floats(2 * inner, hidden), wide, gain=floats(hidden), eps=1e-5, gated=True)
     skinny_linear(wide, floats(hidden, inner), stream, bias=floats(hidden), add=True)
+    adapters = Adapters(floats(16), ints(1, 1, 4, 2).long(), ints(1, 1, 4))
+    keys = kv_heads * dim
+    for group in (
+        Group(0, hidden, (heads * dim, keys, keys)),
+        Group(1, heads * dim, (hidden,)),
+        Group(2, hidden, (inner, inner)),
+        Group(3, inner, (hidden,)),
+    ):
+        for count, tile in ((rows, FEW), (rows, MANY), (SPLIT_ROWS + 1, MANY)):
+            x, result = floats(1, group.inner).expand(count, -1), floats(1, sum(group.widths)).expand(count, -1)
+            options = {"layer": 0, "tile": tile, "multiprocessors": 132}
+            lora_shrink(x, adapters, ints(16), torch.empty(16), group, **options)
+            lora_expand(torch.empty(16), adapters, ints(16), result, group, **options)
 
 
 def main() -> None:

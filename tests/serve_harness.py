@@ -18,6 +18,7 @@ import realm.supervisor
 from realm.serve import ServeInfo
 from realm.settings import ServeSettings
 from tests.fake_host import WASM, FakeClient, FakeCompiled
+from tests.gateway_adapters import MODEL
 
 ROOT = Path(__file__).parents[1]
 PYTHONPATH = os.pathsep.join([str(ROOT / "host"), str(ROOT)])
@@ -38,6 +39,7 @@ def prepare(home: Path, patch: Callable[[object, str, object], None]) -> ServeSe
         "created": "2025-01-01T00:00:00Z",
     }
     (folder / "realm.json").write_text(json.dumps(record))
+    (folder / "config.json").write_text(json.dumps(MODEL))
     patch(realm.supervisor, "ENGINE_MODULE", "tests.fake_engine")
     patch(realm.supervisor, "WORKER_MODULE", "tests.fake_worker")
 

@@ -49,11 +49,11 @@ enum realm_error {
     REALM_NOT_SUPPORTED = -4, /* this engine does not support the function */
     REALM_CONTEXT_FULL = -5, /* the sequence would be longer than the model's context */
     REALM_LIMIT = -6, /* a limit of the run or tenant is met (the run's log names it) */
-    REALM_NOT_FOUND = -7, /* no such name or key */
+    REALM_NOT_FOUND = -7, /* no such name or key, or the adapter cannot be loaded */
     REALM_NO_LOGITS = -8, /* the sequence has no logits: call forward without sampling, or with KEEP_LOGITS */
     REALM_TIMED_OUT = -9, /* the time given has passed */
     REALM_CLOSED = -10, /* the client has gone or the run is ending */
-    REALM_OUT_OF_MEMORY = -11, /* the sequence alone needs more KV pages than the engine has */
+    REALM_OUT_OF_MEMORY = -11, /* the sequence alone needs more KV pages, or its adapter more memory, than the engine has */
     REALM_BAD_UTF8 = -12, /* text is not valid UTF-8 */
     REALM_INTERNAL = -13, /* the host failed; its log has the cause under the correlation id in the run's log */
 };
@@ -206,7 +206,7 @@ REALM_STATIC_ASSERT(offsetof(struct realm_speculation, accepted) == 36, "offset 
  *   out: what was drawn; may be null
  * Returns the drawn token, or 0 without sampling, or an error code.
  * Errors: REALM_INVALID_ARGUMENT, REALM_BAD_POINTER, REALM_BAD_HANDLE, REALM_CONTEXT_FULL,
- * REALM_LIMIT, REALM_OUT_OF_MEMORY, REALM_INTERNAL. */
+ * REALM_LIMIT, REALM_NOT_FOUND, REALM_OUT_OF_MEMORY, REALM_INTERNAL. */
 REALM_IMPORT(forward) int32_t realm_forward(int32_t seq, const uint32_t *tokens, uint32_t n, const struct realm_sampling *sampling, struct realm_token *out);
 
 /* forward for several sequences in one suspension. Each item has its own answer or error. All their
@@ -217,13 +217,14 @@ REALM_IMPORT(forward) int32_t realm_forward(int32_t seq, const uint32_t *tokens,
  * Errors: REALM_INVALID_ARGUMENT, REALM_BAD_POINTER. */
 REALM_IMPORT(batch_forward) int32_t realm_batch_forward(struct realm_item *items, uint32_t count);
 
-/* From now on the sequence computes with this adapter, as if from its first token; empty removes
- * it. Suspends.
+/* From now on the sequence computes with this LoRA adapter, as if from its first token; empty
+ * removes it. Its tokens stay, and its next forward computes them anew; its kept logits go. Waits
+ * until the adapter is in memory. After an error the sequence is as it was. Suspends.
  *   seq: sequence handle
- *   name, len: adapter name; 0..128 bytes of valid UTF-8
+ *   name, len: of this tenant's adapters, else of the shared ones; 0..128 bytes of valid UTF-8
  * Returns 0, or an error code.
  * Errors: REALM_INVALID_ARGUMENT, REALM_BAD_POINTER, REALM_BAD_HANDLE, REALM_NOT_SUPPORTED,
- * REALM_NOT_FOUND, REALM_BAD_UTF8. */
+ * REALM_LIMIT, REALM_NOT_FOUND, REALM_OUT_OF_MEMORY, REALM_BAD_UTF8, REALM_INTERNAL. */
 REALM_IMPORT(lora_apply) int32_t realm_lora_apply(int32_t seq, const void *name, uint32_t len);
 
 /* One draft-and-verify round: 1..k+1 tokens distributed exactly as the target's. Suspends.
@@ -273,7 +274,7 @@ REALM_IMPORT(score) int32_t realm_score(int32_t seq, const uint32_t *tokens, uin
  * Errors: REALM_LIMIT. */
 REALM_IMPORT(seq_new) int32_t realm_seq_new(void);
 
-/* A copy that shares what is computed so far (copy-on-write; kept logits too).
+/* A copy that shares what is computed so far (copy-on-write; kept logits and adapter too).
  *   seq: sequence handle
  * Returns the copy's handle, or an error code.
  * Errors: REALM_BAD_HANDLE, REALM_LIMIT. */
@@ -298,7 +299,8 @@ REALM_IMPORT(seq_len) int32_t realm_seq_len(int32_t seq);
  * Errors: REALM_BAD_HANDLE. */
 REALM_IMPORT(seq_free) int32_t realm_seq_free(int32_t seq);
 
-/* Keep a copy under a name of this tenant, for later runs (until the engine restarts). Suspends.
+/* Keep a copy under a name of this tenant, for later runs (until the engine restarts). It has the
+ * same adapter. Suspends.
  *   seq: sequence handle
  *   name, len: any text; 1..128 bytes of valid UTF-8
  * Returns its length in tokens, or an error code.

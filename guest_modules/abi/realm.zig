@@ -33,7 +33,7 @@ pub const err = struct {
     pub const context_full: i32 = -5;
     /// a limit of the run or tenant is met (the run's log names it)
     pub const limit: i32 = -6;
-    /// no such name or key
+    /// no such name or key, or the adapter cannot be loaded
     pub const not_found: i32 = -7;
     /// the sequence has no logits: call forward without sampling, or with KEEP_LOGITS
     pub const no_logits: i32 = -8;
@@ -41,7 +41,7 @@ pub const err = struct {
     pub const timed_out: i32 = -9;
     /// the client has gone or the run is ending
     pub const closed: i32 = -10;
-    /// the sequence alone needs more KV pages than the engine has
+    /// the sequence alone needs more KV pages, or its adapter more memory, than the engine has
     pub const out_of_memory: i32 = -11;
     /// text is not valid UTF-8
     pub const bad_utf8: i32 = -12;
@@ -248,7 +248,8 @@ comptime {
 ///   sampling: how to draw; null only computes, and keeps the logits; may be null
 ///   out: what was drawn; may be null
 /// Returns the drawn token, or 0 without sampling, or an error code.
-/// Errors: INVALID_ARGUMENT, BAD_POINTER, BAD_HANDLE, CONTEXT_FULL, LIMIT, OUT_OF_MEMORY, INTERNAL.
+/// Errors: INVALID_ARGUMENT, BAD_POINTER, BAD_HANDLE, CONTEXT_FULL, LIMIT, NOT_FOUND,
+/// OUT_OF_MEMORY, INTERNAL.
 pub extern "realm" fn forward(seq: i32, tokens: [*]const u32, n: u32, sampling: ?*const Sampling, out: ?*Token) i32;
 
 /// forward for several sequences in one suspension. Each item has its own answer or error. All
@@ -259,12 +260,14 @@ pub extern "realm" fn forward(seq: i32, tokens: [*]const u32, n: u32, sampling: 
 /// Errors: INVALID_ARGUMENT, BAD_POINTER.
 pub extern "realm" fn batch_forward(items: [*]Item, count: u32) i32;
 
-/// From now on the sequence computes with this adapter, as if from its first token; empty removes
-/// it. Suspends.
+/// From now on the sequence computes with this LoRA adapter, as if from its first token; empty
+/// removes it. Its tokens stay, and its next forward computes them anew; its kept logits go. Waits
+/// until the adapter is in memory. After an error the sequence is as it was. Suspends.
 ///   seq: sequence handle
-///   name, len: adapter name; 0..128 bytes of valid UTF-8
+///   name, len: of this tenant's adapters, else of the shared ones; 0..128 bytes of valid UTF-8
 /// Returns 0, or an error code.
-/// Errors: INVALID_ARGUMENT, BAD_POINTER, BAD_HANDLE, NOT_SUPPORTED, NOT_FOUND, BAD_UTF8.
+/// Errors: INVALID_ARGUMENT, BAD_POINTER, BAD_HANDLE, NOT_SUPPORTED, LIMIT, NOT_FOUND,
+/// OUT_OF_MEMORY, BAD_UTF8, INTERNAL.
 pub extern "realm" fn lora_apply(seq: i32, name: [*]const u8, len: u32) i32;
 
 /// One draft-and-verify round: 1..k+1 tokens distributed exactly as the target's. Suspends.
@@ -310,7 +313,7 @@ pub extern "realm" fn score(seq: i32, tokens: [*]const u32, n: u32, out: [*]f32,
 /// Errors: LIMIT.
 pub extern "realm" fn seq_new() i32;
 
-/// A copy that shares what is computed so far (copy-on-write; kept logits too).
+/// A copy that shares what is computed so far (copy-on-write; kept logits and adapter too).
 ///   seq: sequence handle
 /// Returns the copy's handle, or an error code.
 /// Errors: BAD_HANDLE, LIMIT.
@@ -335,7 +338,8 @@ pub extern "realm" fn seq_len(seq: i32) i32;
 /// Errors: BAD_HANDLE.
 pub extern "realm" fn seq_free(seq: i32) i32;
 
-/// Keep a copy under a name of this tenant, for later runs (until the engine restarts). Suspends.
+/// Keep a copy under a name of this tenant, for later runs (until the engine restarts). It has the
+/// same adapter. Suspends.
 ///   seq: sequence handle
 ///   name, len: any text; 1..128 bytes of valid UTF-8
 /// Returns its length in tokens, or an error code.

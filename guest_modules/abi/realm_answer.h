@@ -15,6 +15,7 @@ enum realm_finish {
 };
 
 #define REALM_MAX_STOPS 8
+#define REALM_MAX_ADAPTER 128 /* bytes of a name */
 
 /* --- a buffer that grows ------------------------------------------------------------------------ */
 
@@ -56,15 +57,43 @@ static inline bool realm_append_json(struct realm_buffer *buffer, const char *te
     return true;
 }
 
+static inline bool realm_append_number(struct realm_buffer *buffer, uint64_t number) {
+    char digits[20];
+    uint32_t at = sizeof digits;
+    do digits[--at] = (char)('0' + number % 10);
+    while (number /= 10);
+    return realm_append(buffer, digits + at, (uint32_t)sizeof digits - at);
+}
+
+/* A log-probability (0 or less) with so many decimals, at most 9. */
+static inline bool realm_append_logprob(struct realm_buffer *buffer, double value, uint32_t decimals) {
+    if (!(value >= -999999)) value = -999999; /* also an infinite one, which no integer holds */
+    uint64_t unit = 1;
+    for (uint32_t i = 0; i < decimals; i++) unit *= 10;
+    uint64_t units = value < 0 ? (uint64_t)(-value * (double)unit + 0.5) : 0;
+    if (units && !realm_append_literal(buffer, "-")) return false;
+    if (!realm_append_number(buffer, units / unit) || !realm_append_literal(buffer, ".")) return false;
+    while (unit /= 10) {
+        char digit = (char)('0' + units / unit % 10);
+        if (!realm_append(buffer, &digit, 1)) return false;
+    }
+    return true;
+}
+
 /* --- input and options -------------------------------------------------------------------------- */
+
+/* Puts text behind the `size` bytes of a log line of `room`, as far as it fits; the new size. */
+static inline uint32_t realm_line_(char *line, uint32_t room, uint32_t size, const char *text, uint32_t count) {
+    for (uint32_t i = 0; i < count && size < room; i++) line[size++] = text[i];
+    return size;
+}
 
 /* Logs "name: why" and gives the code for run() to return. */
 static inline int32_t realm_refuse(const char *name, const char *why) {
     char line[160];
-    uint32_t size = 0;
-    for (const char *p = name; *p && size < sizeof line; p++) line[size++] = *p;
-    for (const char *p = ": "; *p && size < sizeof line; p++) line[size++] = *p;
-    for (const char *p = why; *p && size < sizeof line; p++) line[size++] = *p;
+    uint32_t size = realm_line_(line, sizeof line, 0, name, (uint32_t)strlen(name));
+    size = realm_line_(line, sizeof line, size, ": ", 2);
+    size = realm_line_(line, sizeof line, size, why, (uint32_t)strlen(why));
     realm_log(REALM_LOG_ERROR, line, size);
     return REALM_INVALID_ARGUMENT;
 }
@@ -93,6 +122,7 @@ struct realm_options {
     uint32_t max_tokens;
     struct realm_text stops[REALM_MAX_STOPS];
     uint32_t stop_count;
+    struct realm_text adapter; /* at is NULL when none is asked for */
 };
 
 /* An integer option; absent or null leaves *out as it is. Returns 0 or an error code. */
@@ -131,6 +161,13 @@ static inline int32_t realm_option_text(struct realm_json root, const char *name
     return 0;
 }
 
+/* The name of an adapter; absent, null or empty is the model as it is. Returns 0 or an error code. */
+static inline int32_t realm_option_adapter(struct realm_json root, const char *name, struct realm_text *out) {
+    int32_t code = realm_option_text(root, name, out);
+    if (code < 0) return code;
+    return out->size > REALM_MAX_ADAPTER ? realm_refuse(name, "must be a name of at most 128 bytes") : 0;
+}
+
 static inline int32_t realm_read_stop(struct realm_json value, struct realm_options *out) {
     if (out->stop_count == REALM_MAX_STOPS) return realm_refuse("stop", "at most 8 texts");
     if (realm_json_kind(value) != '"') return realm_refuse("stop", "must be a list of texts");
@@ -143,7 +180,7 @@ static inline int32_t realm_read_stop(struct realm_json value, struct realm_opti
     return 0;
 }
 
-/* Reads max_tokens, sampling and stop into *out, which holds the defaults. Returns 0 or an error code. */
+/* Reads max_tokens, sampling, stop and adapter into *out, which holds the defaults. Returns 0 or an error code. */
 static inline int32_t realm_read_options(struct realm_json root, struct realm_options *out) {
     struct realm_sampling *s = &out->sampling;
     struct realm_json value, item = {0, 0};
@@ -166,7 +203,21 @@ static inline int32_t realm_read_options(struct realm_json root, struct realm_op
         while (realm_json_next(value, &item))
             if ((code = realm_read_stop(item, out))) return code;
     }
-    return 0;
+    return realm_option_adapter(root, "adapter", &out->adapter);
+}
+
+/* From now on the sequence computes with this adapter; no name changes nothing. Returns 0 or an error code, with a log
+ * line that says which adapter. It is a warning: the host's line before it says why, and stays the run's last error. */
+static inline int32_t realm_use_adapter(int32_t seq, struct realm_text name) {
+    if (name.size == 0) return 0;
+    int32_t code = realm_lora_apply(seq, name.at, name.size);
+    if (code >= 0) return 0;
+    char line[160];
+    uint32_t size = realm_line_(line, sizeof line, 0, "adapter: ", 9);
+    size = realm_line_(line, sizeof line, size, name.at, name.size);
+    size = realm_line_(line, sizeof line, size, ": cannot be used", 16);
+    realm_log(REALM_LOG_WARNING, line, size);
+    return code;
 }
 
 /* --- prompt ------------------------------------------------------------------------------------- */
@@ -203,7 +254,70 @@ static inline int32_t realm_tokens(const char *text, uint32_t size, uint32_t fla
     }
 }
 
+/* Replaces *tokens by those of the input's `prompt` or `messages`: rendered with the chat template where the model has
+ * one, else of the prompt as it stands. There is at least one. Returns 0 or an error code. */
+static inline int32_t realm_prompt_tokens(struct realm_json root, bool has_template, struct realm_buffer *tokens) {
+    struct realm_json prompt = {0, 0}, messages = {0, 0};
+    bool has_prompt = realm_json_find(root, "prompt", &prompt) && realm_json_kind(prompt) != 'n';
+    bool has_messages = realm_json_find(root, "messages", &messages) && realm_json_kind(messages) != 'n';
+    if (has_prompt == has_messages) return realm_refuse("prompt", "give either prompt or messages");
+    if (has_prompt && realm_json_kind(prompt) != '"') return realm_refuse("prompt", "must be text");
+    if (has_messages && realm_json_kind(messages) != '[') return realm_refuse("messages", "must be a list");
+
+    struct realm_buffer list = {0}, rendered = {0};
+    int32_t code;
+    if (!has_template) {
+        struct realm_text text;
+        if (has_messages) {
+            realm_log_literal(REALM_LOG_ERROR, "messages: the model has no chat template");
+            return REALM_NOT_SUPPORTED;
+        }
+        if ((code = realm_option_text(root, "prompt", &text)) < 0) return code;
+        code = realm_tokens(text.at, text.size, 0, tokens);
+    } else {
+        /* A prompt is already JSON text, so that it goes into the message as it stands. */
+        bool fits = has_messages
+                        ? realm_append(&list, messages.at, (uint32_t)(messages.end - messages.at))
+                        : realm_append_literal(&list, "[{\"role\":\"user\",\"content\":") &&
+                              realm_append(&list, prompt.at, (uint32_t)(prompt.end - prompt.at)) &&
+                              realm_append_literal(&list, "}]");
+        if (!fits) return realm_memory_full();
+        if ((code = realm_render(list.at, list.size, &rendered)) < 0) return code;
+        code = realm_tokens(rendered.at, rendered.size, REALM_TOKENIZE_SPECIAL, tokens);
+    }
+    if (code < 0) return code;
+    return tokens->size == 0 ? realm_refuse("prompt", "is empty") : 0;
+}
+
 /* --- answer ------------------------------------------------------------------------------------- */
+
+/* Appends the text of tokens; with a stream number, what `count` more of them make whole (0 ends the stream). */
+static inline int32_t realm_append_decoded(
+    struct realm_buffer *out, uint32_t stream, const uint32_t *tokens, uint32_t count) {
+    uint32_t guess = count < (1u << 28) ? count * 8 + 256 : count;
+    for (;;) {
+        if (!realm_reserve(out, guess)) return realm_memory_full();
+        uint32_t room = out->room - out->size;
+        int32_t needed = realm_detokenize(stream, tokens, count, 0, out->at + out->size, room);
+        if (needed < 0) return needed;
+        if ((uint32_t)needed <= room) {
+            out->size += (uint32_t)needed;
+            return 0;
+        }
+        guess = (uint32_t)needed;
+    }
+}
+
+/* Emits a long text in pieces, because one emit takes at most 1 MiB. Returns 0 or an error code. */
+static inline int32_t realm_emit_all(const char *text, uint32_t size) {
+    for (uint32_t at = 0; at < size;) {
+        uint32_t piece = size - at < 65536 ? size - at : 65536;
+        int32_t code = realm_emit(text + at, piece);
+        if (code < 0) return code;
+        at += piece;
+    }
+    return 0;
+}
 
 struct realm_answer {
     struct realm_buffer text;   /* what was answered, without a stop string */
@@ -239,22 +353,6 @@ static inline int32_t realm_answer_take(struct realm_answer *answer, const struc
     return realm_answer_emit(answer, last ? size : safe);
 }
 
-/* Appends the text that `count` more tokens make whole (0 ends the stream). */
-static inline int32_t realm_answer_decode(struct realm_answer *answer, const uint32_t *token, uint32_t count) {
-    uint32_t guess = 256;
-    for (;;) {
-        if (!realm_reserve(&answer->text, guess)) return realm_memory_full();
-        uint32_t room = answer->text.room - answer->text.size;
-        int32_t needed = realm_detokenize(1, token, count, 0, answer->text.at + answer->text.size, room);
-        if (needed < 0) return needed;
-        if ((uint32_t)needed <= room) {
-            answer->text.size += (uint32_t)needed;
-            return 0;
-        }
-        guess = (uint32_t)needed;
-    }
-}
-
 /* Forwards the prompt's tokens and streams the answer, one emit for each token that has text.
  * *answer is emptied first and may be used again. Returns enum realm_finish or an error code. */
 static inline int32_t realm_answer_stream(
@@ -271,7 +369,7 @@ static inline int32_t realm_answer_stream(
         finish = REALM_FINISH_STOP;
         if (out.flags & REALM_TOKEN_EOS) break;
         token = (uint32_t)out.token;
-        if ((code = realm_answer_decode(answer, &token, 1)) < 0) return code;
+        if ((code = realm_append_decoded(&answer->text, 1, &token, 1)) < 0) return code;
         if ((code = realm_answer_take(answer, options, false)) < 0) return code;
         if (answer->stopped) break;
         finish = REALM_FINISH_LENGTH;
@@ -281,7 +379,7 @@ static inline int32_t realm_answer_stream(
     }
     bool stopped = answer->stopped;
     uint32_t size = answer->text.size;
-    if ((code = realm_answer_decode(answer, &token, 0)) < 0) return code;
+    if ((code = realm_append_decoded(&answer->text, 1, &token, 0)) < 0) return code;
     if (stopped) answer->text.size = size;
     if ((code = realm_answer_take(answer, options, true)) < 0) return code;
     return answer->stopped ? REALM_FINISH_STOP : finish;

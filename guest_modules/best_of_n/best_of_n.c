@@ -62,6 +62,7 @@ static int32_t prefill(int32_t seq, uint32_t *left) {
         code = realm_tokens(text.at, text.size, 0, &tokens);
     }
     if (code < 0) return code;
+    if ((code = realm_use_adapter(seq, options.adapter)) < 0) return code;
     /* Without sampling the logits stay with the sequence, and with each of its forks. */
     code = realm_forward(seq, (const uint32_t *)(const void *)tokens.at, tokens.size / 4, NULL, &out);
     if (code < 0) return code;
@@ -122,37 +123,7 @@ static int32_t draw_answers(uint32_t most) {
 /* Appends a candidate's text to the output. */
 static int32_t append_text(const struct candidate *c) {
     const uint32_t *tokens = (const uint32_t *)(const void *)c->tokens.at;
-    uint32_t guess = c->tokens.size * 2 + 64;
-    if (c->tokens.size == 0) return 0;
-    for (;;) {
-        if (!realm_reserve(&output, guess)) return realm_memory_full();
-        uint32_t room = output.room - output.size;
-        int32_t needed = realm_detokenize(0, tokens, c->tokens.size / 4, 0, output.at + output.size, room);
-        if (needed < 0) return needed;
-        if ((uint32_t)needed <= room) {
-            output.size += (uint32_t)needed;
-            return 0;
-        }
-        guess = (uint32_t)needed;
-    }
-}
-
-static bool append_number(uint64_t number) {
-    char digits[20];
-    uint32_t at = sizeof digits;
-    do digits[--at] = (char)('0' + number % 10);
-    while (number /= 10);
-    return realm_append(&output, digits + at, (uint32_t)sizeof digits - at);
-}
-
-/* A log-probability with three decimals. */
-static bool append_score(double score) {
-    if (score < -999999) score = -999999; /* also for an infinite one, which no integer holds */
-    uint64_t thousandths = (uint64_t)(-score * 1000 + 0.5);
-    char rest[4] = {'.', (char)('0' + thousandths / 100 % 10), (char)('0' + thousandths / 10 % 10),
-                    (char)('0' + thousandths % 10)};
-    return realm_append(&output, thousandths ? "-" : " ", 1) && append_number(thousandths / 1000) &&
-           realm_append(&output, rest, sizeof rest);
+    return c->tokens.size ? realm_append_decoded(&output, 0, tokens, c->tokens.size / 4) : 0;
 }
 
 /* One line for each candidate: rank, score, length, how it begins. */
@@ -160,9 +131,9 @@ static int32_t append_table(void) {
     bool fits = realm_append_literal(&output, "\n\nrank  mean log-probability  tokens  text\n");
     for (uint32_t i = 0; i < count && fits; i++) {
         const struct candidate *c = &candidates[order[i]];
-        fits = append_number(i + 1) && realm_append_literal(&output, "  ") && append_score(mean(c)) &&
-               realm_append_literal(&output, "  ") && append_number(c->tokens.size / 4) &&
-               realm_append_literal(&output, "  ");
+        fits = realm_append_number(&output, i + 1) && realm_append_literal(&output, "  ") &&
+               realm_append_logprob(&output, mean(c), 3) && realm_append_literal(&output, "  ") &&
+               realm_append_number(&output, c->tokens.size / 4) && realm_append_literal(&output, "  ");
         if (!fits) break;
         uint32_t start = output.size;
         int32_t code = append_text(c);
@@ -178,17 +149,6 @@ static int32_t append_table(void) {
         fits = realm_append_literal(&output, "\n");
     }
     return fits ? 0 : realm_memory_full();
-}
-
-static int32_t emit_output(void) {
-    /* One emit takes at most 1 MiB. */
-    for (uint32_t at = 0; at < output.size;) {
-        uint32_t size = output.size - at < 65536 ? output.size - at : 65536;
-        int32_t code = realm_emit(output.at + at, size);
-        if (code < 0) return code;
-        at += size;
-    }
-    return 0;
 }
 
 REALM_EXPORT(run) int32_t run(void) {
@@ -209,5 +169,5 @@ REALM_EXPORT(run) int32_t run(void) {
     }
     if ((code = append_text(&candidates[order[0]])) < 0) return code;
     if (table && (code = append_table()) < 0) return code;
-    return emit_output();
+    return realm_emit_all(output.at, output.size);
 }

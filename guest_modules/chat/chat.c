@@ -112,6 +112,7 @@ REALM_EXPORT(run) int32_t run(void) {
     if ((code = begin()) < 0) return code;
     int32_t seq = realm_seq_new();
     if (seq < 0) return seq;
+    if ((code = realm_use_adapter(seq, options.adapter)) < 0) return code;
     for (uint32_t turn = 1;; turn++) {
         int32_t finish = answer_turn(seq, model.context_length);
         if (finish < 0 || turn == turns) return finish;

@@ -24,6 +24,7 @@ const Options = struct {
     grammar: []const u8 = default_grammar,
     temperature: f32 = 0.8,
     sampler: Sampler = .both,
+    adapter: []const u8 = "",
 };
 
 export fn realm_abi_version() i32 {
@@ -294,6 +295,15 @@ fn generate() Failure!void {
     try pending.appendSlice(allocator, try promptTokens(options.prompt, model));
     if (pending.items.len == 0) return refuse(realm.err.invalid_argument, "prompt: is empty", .{});
     const seq: i32 = @intCast(try ok(realm.seq_new()));
+    if (options.adapter.len > 0) {
+        const code = realm.lora_apply(seq, options.adapter.ptr, @intCast(options.adapter.len));
+        if (code < 0) {
+            // The host's line before this one says why, and stays the run's last error.
+            say(realm.LOG_WARNING, "adapter: {s}: cannot be used", .{options.adapter});
+            failure = code;
+            return error.Host;
+        }
+    }
     const logits = try allocator.alloc(f32, model.vocab_size);
     var state: pattern.State = 0;
     var draws = [2]u32{ 0, 0 };

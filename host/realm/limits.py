@@ -57,6 +57,10 @@ class TenantLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     stored_modules: Annotated[int, _count("versions", "of all modules together", high=1_000_000)] = 256
     stored_bytes: Annotated[int, _count("bytes", "of all stored modules together")] = 512 << 20
     store_bytes: Annotated[int, _count("bytes", "of the guests' key-value store, 64 more for each entry")] = 16 << 20
+    adapter_bytes: Annotated[int, _count("bytes", "of one adapter's weights", high=4 << 30)] = 64 << 20
+    stored_adapters: Annotated[int, _count("adapters", "stored by name", high=100_000)] = 64
+    stored_adapter_bytes: Annotated[int, _count("bytes", "of all stored adapters together")] = 1 << 30
+    pinned_adapters: Annotated[int, _count("adapters", "kept ready for the next step", high=1024)] = 2
     uploads: Annotated[int, _count("uploads", "in flight at a time", high=1024)] = 4
     connections: Annotated[int, _count("connections", "open at a time", high=65_536)] = 256
     requests_per_minute: Annotated[int, _count("calls/min", "of all connections together")] = 6000

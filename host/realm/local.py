@@ -6,11 +6,15 @@ and the key-value store starts empty and ends with the run.
 
 from __future__ import annotations
 
+import hashlib
 import secrets
+import select
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from realm.adapters.made_up import CONFIG_FILE, TENSORS_FILE
+from realm.adapters.peft import check_adapter, parse_config
 from realm.engine.core import EngineCore
 from realm.engine.loading import EngineOptions, load_engine
 from realm.errors import RealmError
@@ -20,6 +24,7 @@ from realm.guests.facts import ModelFacts
 from realm.guests.runtime import GuestRuntime
 from realm.limits import LIMITS
 from realm.messages import (
+    AdapterFile,
     Credit,
     EngineReply,
     Log,
@@ -52,6 +57,7 @@ def run_local(
     limits: RunLimits | None = None,
     options: EngineOptions | None = None,
     engine: EngineCore | None = None,
+    adapters: Mapping[str, Path] | None = None,
 ) -> Iterator[Output | Log | RunFinished]:
     """Run a guest and give its events; the last one is :class:`~realm.messages.RunFinished`.
 
@@ -60,16 +66,20 @@ def run_local(
         cache: folder for compiled modules; the home's own when None.
         seed: of all draws of the run; chosen at random when None.
         options: how to load the engine; ``engine`` is one that is loaded already.
+        adapters: PEFT folders, by the names that the guest gives them in ``lora_apply``.
 
     Closing the iterator ends the run.
 
     Raises:
-        RealmError: ``module_*`` or ``compile_limit`` for the module, ``model_*`` for the model.
+        RealmError: ``module_*`` or ``compile_limit`` for the module, ``model_*`` for the model,
+            ``adapter_invalid`` for an adapter.
     """
     module = compile_module_sync(wasm, cache or default_home() / "cache")
     tokenizer = Tokenizer(model)
     facts = ModelFacts.load(model, bos=tokenizer.bos, eos=tokenizer.eos)
     core = engine or load_engine(model, options)
+    for name, folder in (adapters or {}).items():
+        _add_adapter(core, name, folder)
     runtime = GuestRuntime(_WORKER, tokenizer, facts)
     start = StartRun(
         run=_RUN,
@@ -96,6 +106,23 @@ def run_local(
             core.close()
 
 
+def _add_adapter(core: EngineCore, name: str, folder: Path) -> None:
+    """Check a PEFT folder and let the engine know it under a name."""
+    file = folder / TENSORS_FILE
+    try:
+        raw = (folder / CONFIG_FILE).read_bytes()
+        with file.open("rb") as opened:
+            sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        message = f"the adapter {name!r} cannot be read: {error}; a PEFT folder has {CONFIG_FILE} and {TENSORS_FILE}"
+        raise RealmError("adapter_invalid", message) from error
+    try:
+        check_adapter(file, parse_config(raw), core.config)
+    except RealmError as error:
+        raise RealmError(error.code, f"the adapter {name!r}: {error.message}", details=error.details) from error
+    core.adapters.register(AdapterFile(LOCAL_TENANT, name, str(file), sha256, raw))
+
+
 def _drive(runtime: GuestRuntime, core: EngineCore) -> Iterator[Output | Log | RunFinished]:
     store: dict[str, bytes] = {}
     replies = 0
@@ -104,6 +131,7 @@ def _drive(runtime: GuestRuntime, core: EngineCore) -> Iterator[Output | Log | R
     while True:
         turn = runtime.turn(time.monotonic())
         core.submit(_WORKER, turn.ops, turn.continues)
+        core.advance()
         for event in turn.events:
             if isinstance(event, StoreGet | StoreSet):
                 runtime.store_reply(_answer_store(store, event))
@@ -119,6 +147,8 @@ def _drive(runtime: GuestRuntime, core: EngineCore) -> Iterator[Output | Log | R
                 pass
             core.settle(wait=True)
             runtime.deliver(EngineReply(replies, *core.take().get(_WORKER, ([], b""))))
+        elif core.adapters.waiting:
+            select.select([core.adapters.fileno()], [], [])
         elif not turn.busy and not turn.events:
             _sleep_until(turn.deadline)
 

@@ -124,6 +124,18 @@ class OpenSaved(_Message, tag="opensaved"):
     name: str
 
 
+class ApplyAdapter(_Message, tag="lora"):
+    """From now on the sequence computes with an adapter, as if from its first token; "" is the base model's.
+
+    ``name`` is looked up among the adapters of the sequence's tenant, then among the shared ones. Answered
+    by :class:`CallDone` with the adapter's rank (0: none) once it can be used.
+    """
+
+    call: int
+    seq: int
+    name: str
+
+
 class EndRun(_Message, tag="end"):
     """A run is over: free all its sequences and drop its pending calls, unanswered."""
 
@@ -138,6 +150,7 @@ EngineOp = Union[
     Forward,
     SaveSequence,
     OpenSaved,
+    ApplyAdapter,
     EndRun,
 ]
 
@@ -205,7 +218,7 @@ NO_LANE = 0xFFFFFFFF
 
 
 class CallDone(_Message, tag="done"):
-    """Answer to save and open: ``value`` is the sequence's length in tokens."""
+    """Answer to save and open, where ``value`` is the sequence's length in tokens, and to :class:`ApplyAdapter`."""
 
     call: int
     value: int
@@ -274,6 +287,60 @@ class TenantQuota(_Message, tag="quota"):
     saved_sequences: int
 
 
+class AdapterFile(_Message, tag="adapter"):
+    """A tenant's ``name`` stands for this adapter from now on; sequences that have another of that name keep it.
+
+    Attributes:
+        tenant: whose it is; "" is everybody's who has none of that name.
+        path: of its safetensors file, as PEFT writes it, checked by the sender. sha256: of the file, in hex.
+        config: what its ``adapter_config.json`` holds.
+        pinned: keep it where steps can use it at once, as far as there is room.
+    """
+
+    tenant: str
+    name: str
+    path: str
+    sha256: str
+    config: bytes
+    pinned: bool = False
+
+
+class AdapterGone(_Message, tag="adapter-"):
+    """A tenant's ``name`` stands for no adapter any more; sequences that have it keep it."""
+
+    tenant: str
+    name: str
+
+
+class AdaptersRequest(_Message, tag="adapters?"):
+    """What is loaded of a tenant's adapters ("": of the shared ones). Answered by :class:`AdapterStates`."""
+
+    call: int
+    tenant: str
+
+
+class AdapterState(msgspec.Struct, array_like=True, gc=False):
+    """One adapter in the engine.
+
+    Attributes:
+        state: registered (on disk only), loading, cached (in memory), resident (steps can use it), failed.
+        sequences: that have it. loads: how often it was read from disk. error: why it could not be.
+    """
+
+    name: str
+    state: str
+    sequences: int = 0
+    loads: int = 0
+    error: str | None = None
+
+
+class AdapterStates(_Message, tag="adapters"):
+    """Adapters that a name stands for. A state is left out for those never used: it is "registered"."""
+
+    call: int
+    states: list[AdapterState]
+
+
 class TenantStats(msgspec.Struct, array_like=True, gc=False):
     """What one tenant has used since the engine started, and what it holds now.
 
@@ -303,6 +370,7 @@ class EngineStats(_Message, tag="stats"):
         max_sequences: the largest step. shared_steps: steps with calls of two tenants or more.
         busy_seconds: wall time inside model passes.
         pages_*: KV pages; ``free + used + cached == total`` always.
+        adapters: how many steps can use now. adapter_loads: how often one was read from disk.
     """
 
     call: int
@@ -321,6 +389,8 @@ class EngineStats(_Message, tag="stats"):
     pages_used: int
     pages_cached: int
     tenants: dict[str, TenantStats]
+    adapters: int = 0
+    adapter_loads: int = 0
 
 
 class EngineReady(_Message, tag="ready"):
@@ -511,7 +581,17 @@ class WorkerEvents(_Message, tag="events"):
 
 # --- what each process decodes ------------------------------------------------------------------
 
-ToEngine = Union[WorkerHello, WorkerTurn, GatewayHello, StatsRequest, WorkerLost, TenantQuota]
+ToEngine = Union[
+    WorkerHello,
+    WorkerTurn,
+    GatewayHello,
+    StatsRequest,
+    WorkerLost,
+    TenantQuota,
+    AdapterFile,
+    AdapterGone,
+    AdaptersRequest,
+]
 EngineToWorker = EngineReply
-EngineToGateway = Union[EngineReady, EngineStats]
+EngineToGateway = Union[EngineReady, EngineStats, AdapterStates]
 WorkerToGateway = Union[WorkerHello, WorkerEvents]

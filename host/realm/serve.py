@@ -24,6 +24,7 @@ from realm.gateway.artifacts import Compiled
 from realm.gateway.functions import GENERATE
 from realm.gateway.gateway import Gateway
 from realm.gateway.server import ClientServer
+from realm.models.config import ModelConfig
 from realm.models.store import choose_model, list_models
 from realm.registry.thread import Registry
 from realm.settings import ServeSettings
@@ -92,8 +93,8 @@ async def running(settings: ServeSettings) -> AsyncIterator[ServeInfo]:
     """A whole host while the context lasts; the end is graceful and takes some five seconds at most.
 
     Raises:
-        RealmError: ``model_not_found``, ``already_running``, ``tls_invalid``, ``address_in_use``, ``insecure_bind``
-            or ``engine_start``.
+        RealmError: ``model_not_found``, ``model_invalid``, ``already_running``, ``tls_invalid``, ``address_in_use``,
+            ``insecure_bind`` or ``engine_start``.
     """
     tls = server_context(settings.tls_cert, settings.tls_key)
     model = choose_model(settings.home, settings.model)
@@ -139,7 +140,10 @@ async def _hosting(
         ]
 
     builtin = Path(str(realm.guests.__file__)).parent / "builtin"
-    gateway = Gateway(settings, registry, model=model.name, compiler=_compile, builtin=builtin, models=models)
+    shape = ModelConfig.load(model)
+    gateway = Gateway(
+        settings, registry, model=model.name, shape=shape, compiler=_compile, builtin=builtin, models=models
+    )
     supervisor = Supervisor(settings, gateway, model, sockets)
     server = ClientServer(gateway)
     await gateway.open(supervisor.worker_socket)
@@ -147,6 +151,7 @@ async def _hosting(
         # Also shows at once whether the compiler works.
         await gateway.prepare_module("", GENERATE)
         await supervisor.start()
+        await gateway.takes_runs.wait()
         await server.open(address, tls)
         key = await registry.run(lambda database: database.ensure_admin())
         host = f"[{settings.host}]" if ":" in settings.host else settings.host

@@ -88,6 +88,7 @@ class GatewayLimits:
         runs_kept: finished runs remembered of each tenant.
         store_value_bytes: largest value of the guests' key-value store.
         compiles: modules compiled at a time.
+        checks: uploaded adapters hashed and checked at a time.
     """
 
     connections: int = 4096
@@ -127,6 +128,7 @@ class GatewayLimits:
     runs_kept: int = 1000
     store_value_bytes: int = 64 << 10
     compiles: int = 2
+    checks: int = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,10 +18,11 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
 
-from realm.engine.batch import StepBatch, StepResult
+from realm.engine.batch import NoAdapterMemory, StepBatch, StepResult
 from realm.engine.core import EngineCore
 from realm.engine.lanes import ANSWER, CLAIM
 from realm.engine.scheduler import Scheduler
@@ -40,6 +41,7 @@ class InstantRunner:
         self.config = SHAPES["llama-3.2-1b"]
         self.lanes = 2 * rows
         self.pages = 64 * rows + 64
+        self.adapters = NoAdapterMemory(torch.bfloat16)
 
     def launch(self, batch: StepBatch) -> InstantRunner:
         count = batch.outputs

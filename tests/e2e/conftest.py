@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -88,11 +89,11 @@ def serve_home(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return home
 
 
-@pytest.fixture(scope="module")
-def stack(serve_home: Path, model_folder: Path) -> Iterator[Stack]:
-    """The server, with two tenants."""
-    log = serve_home.parent / "serve.log"
-    process, ready = start_serve(serve_home, log, "--model", model_folder.name)
+@contextlib.contextmanager
+def running(home: Path, model: str, *arguments: str) -> Iterator[Stack]:
+    """A server with two tenants, in an empty data folder; its end is checked."""
+    log = home.parent / "serve.log"
+    process, ready = start_serve(home, log, "--model", model, *arguments)
     try:
         assert ready.admin_key is not None
         with SyncClient(ready.url, ready.admin_key) as admin:
@@ -100,8 +101,15 @@ def stack(serve_home: Path, model_folder: Path) -> Iterator[Stack]:
             for tenant in ("acme", "globex"):
                 admin.add_tenant(tenant)
                 keys.append(admin.add_key(tenant).key)
-        yield Stack(ready.url, ready.admin_key, keys[0], keys[1], serve_home, process.pid)
+        yield Stack(ready.url, ready.admin_key, keys[0], keys[1], home, process.pid)
         status = stop_serve(process)
         assert status == 0, f"realm serve ended with {status}:\n{log.read_text()[-4000:]}"
     finally:
         stop_serve(process)
+
+
+@pytest.fixture(scope="module")
+def stack(serve_home: Path, model_folder: Path) -> Iterator[Stack]:
+    """The server, with two tenants."""
+    with running(serve_home, model_folder.name) as stack:
+        yield stack

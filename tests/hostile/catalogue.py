@@ -225,6 +225,8 @@ GROUPS: dict[str, list[Attack]] = {
         completes("forward_answer_over_tokens"),
         completes("forward_beyond_context", limits={"tokens_per_run": 100_000, "kv_pages": 1000}),
         completes("tokens_outside_vocabulary"),
+        completes("adapter_names", lines=20),
+        completes("adapter_flood", lines=70),
         completes("sampling_not_finite"),
         completes("sampling_denormal"),
         completes("sampling_unknown_flags"),

@@ -15,6 +15,9 @@ import pytest
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
+CHUNK = 256 << 10
+"""Most bytes of data in one frame of an upload."""
+
 
 class Peer:
     """The server's end of one connection."""
@@ -58,6 +61,20 @@ class Peer:
 
     async def fail(self, call: dict[str, Any], code: str, message: str = "no", **more: Any) -> None:
         await self.say(id=call["id"], status="error", error={"code": code, "message": message, **more})
+
+    async def take_upload(self, size: int, *, received: int = 0, kind: str = "modules") -> tuple[dict[str, Any], bytes]:
+        """Answer ``KIND.begin`` with upload 4; then take chunks and acknowledge each. Its params, and what came."""
+        begin = await self.expect(f"{kind}.begin")
+        assert begin["params"]["size"] == size
+        await self.complete(begin, upload=4, received=received, exists=False)
+        taken = bytearray()
+        while received + len(taken) < size:
+            upload, offset, data = await self.hear_chunk()
+            assert (upload, offset) == (4, received + len(taken))
+            assert 0 < len(data) <= CHUNK
+            taken += data
+            await self.say(type="upload_ack", upload=4, received=offset + len(data))
+        return begin["params"], bytes(taken)
 
 
 Script = Callable[[Peer], Awaitable[None]]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from realm.guests.abi import ErrorCode
 from realm.models import shapes
 from realm.models.config import ModelConfig
 from tests.cli_harness import Invoke, invoke_fixture
@@ -104,6 +105,16 @@ def test_a_process_that_cannot_start_is_an_error_with_its_reason(invoke: Invoke,
         (["--shape", "tiny", "--guests", "0"], "'0'"),
         (["--shape", "tiny", "--no-processes"], "nothing to measure"),
         (["--shape", "tiny", "--no-processes", "--native", "--trace", "x"], "--trace"),
+        (["--shape", "tiny", "--no-processes", "--native", "--adapters", "1"], "--adapters"),
+        (["--shape", "tiny", "--adapters", "1,x"], "1,x"),
+        (["--shape", "tiny", "--adapters", "-1"], "'-1'"),
+        (["--shape", "tiny", "--adapters", "1,1"], "1,1"),
+        (["--shape", "tiny", "--adapters", "1", "--adapter-targets", "q,lm_head"], "q,lm_head"),
+        (["--shape", "tiny", "--adapters", "1", "--adapter-targets", "q,q"], "q,q"),
+        (["--shape", "tiny", "--adapters", "1", "--adapter-mix", "pareto"], "pareto"),
+        (["--shape", "tiny", "--adapters", "1", "--adapter-share", "0"], "--adapter-share"),
+        (["--shape", "tiny", "--adapters", "1", "--adapter-share", "1.5"], "--adapter-share"),
+        (["--shape", "tiny", "--adapters", "1", "--adapter-rank", "257"], "--adapter-rank"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(invoke: Invoke, arguments: list[str], problem: str) -> None:
@@ -116,3 +127,56 @@ def test_unknown_shapes_and_models_are_typed_errors(invoke: Invoke) -> None:
     assert result.exit_code == 1 and "invalid_params: shape 'huge'" in result.stderr
     result = invoke("bench", "serving", "--model", "nowhere")
     assert result.exit_code == 1 and "model_not_found" in result.stderr
+
+
+ADAPTERS = ["--adapters", "4,0,1", "--adapter-rank", "4", "--adapter-targets", "q,down"]
+
+
+def test_adapters_are_registered_loaded_and_used(invoke: Invoke, tmp_path: Path) -> None:
+    figures, trace = tmp_path / "figures.json", tmp_path / "trace.json"
+    more = ["--adapter-mix", "zipf", "--native", "--json", str(figures), "--trace", str(trace)]
+    result = invoke("bench", "serving", *SMALL, *ADAPTERS, *more)
+    assert result.exit_code == 0, result.output
+    written = json.loads(figures.read_text())["cases"]
+    found = {(case["kind"], case["requests"], case["adapters"], case["mix"]): case for case in written}
+    # More and more adapters are registered, 0 first, and each number is measured without using them too.
+    guests = [("guests", count, 0, "none") for count in (1, 3)]
+    for registered in (1, 4):
+        guests += [("guests", count, registered, mix) for count in (1, 3) for mix in ("none", "zipf")]
+    assert list(found) == [("native", 1, None, "none"), ("native", 3, None, "none"), *guests]
+    for (_, requests, registered, mix), case in found.items():
+        assert len(case["repeats"]) == 2
+        for repeat in case["repeats"]:
+            assert repeat["tokens"] == 6 * requests
+            using = requests if mix == "zipf" else 0
+            assert repeat["adapter_requests"] == using and (repeat["adapter_seconds"] is None) == (not using)
+            assert repeat["adapter_different"] in range(bool(using), min(using, registered or 0) + 1)
+            if registered:
+                # All were applied before, and there is room for all.
+                assert (repeat["loads"], repeat["adapters_resident"]) == (0, registered)
+        if registered:
+            assert case["of_none"] > 0 and (case["of_unused"] is None) == (mix == "none")
+    assert "adapters of rank 4 on q,down, all loaded before" in result.output
+    assert "3 guests, 4 adapters zipf: " in result.output and "3 guests, 4 adapters unused: " in result.output
+
+
+def test_half_of_the_guests_may_have_no_adapter(invoke: Invoke, tmp_path: Path) -> None:
+    figures = tmp_path / "figures.json"
+    small = ["--adapters", "2", "--adapter-share", "0.5", "--adapter-cold", "--json", str(figures)]
+    result = invoke("bench", "serving", *SMALL, "--guests", "4", "--repeats", "1", *small)
+    assert result.exit_code == 0, result.output
+    unused, used = json.loads(figures.read_text())["cases"]
+    assert (unused["adapters"], unused["mix"], used["mix"]) == (2, "none", "uniform")
+    assert used["of_none"] is None and used["of_unused"] > 0
+    (repeat,) = used["repeats"]
+    assert repeat["adapter_requests"] == 2 and repeat["adapter_seconds"] > 0 and repeat["plain_seconds"] > 0
+    assert max(repeat["adapter_seconds"], repeat["plain_seconds"]) == repeat["seconds"]
+    assert used["median"]["adapter_tokens_per_second"] > 0 and used["median"]["plain_tokens_per_second"] > 0
+    assert "50% of the guests have one, loaded as they are drawn" in result.output
+
+
+def test_an_engine_without_adapters_is_an_error_with_its_reason(invoke: Invoke) -> None:
+    result = invoke("bench", "serving", *SMALL, "--adapters", "1", "--adapter-memory", "-1")
+    assert result.exit_code == 1
+    assert "bench_failed: a run ended otherwise than it should" in result.stderr
+    assert f"code={ErrorCode.NOT_SUPPORTED.value}" in result.stderr

@@ -6,26 +6,29 @@ import asyncio
 import io
 import re
 import sys
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 from rich.console import Console
 
-from realm.cli import demo
+from realm.cli import demo, demo_adapters
 from realm.cli.demo import Outcome, Part, Phase, check, parts
+from realm.cli.demo_adapters import OWNERS, Asked, check_asked, is_answer, pirate_words
 from realm.cli.demo_view import StreamView
 from realm.errors import RealmError
-from realm_sdk import Usage
+from realm_sdk import Adapter, Client, NotFound, Piece, Usage
 
 GRAMMAR = (Path(__file__).parents[2] / "guest_modules" / "constrained" / "grammar.txt").read_text().rstrip("\n")
 JSON = '{"name": "Ada", "age": 36, "city": "London", "likes": ["engines", "long walks"]}'
 USAGE = Usage(new_tokens=10, fuel=1000, prompt_tokens=5)
 
 
-def phase(cast: list[Part], shared_steps: int) -> Phase:
+def phase(those: list[Part], shared_steps: int) -> Phase:
     outcomes = {
-        part.tenant: Outcome(JSON if part.module == "constrained" else "text", USAGE, finished=True) for part in cast
+        part.tenant: Outcome(JSON if part.module == "constrained" else "text", USAGE, finished=True) for part in those
     }
     return Phase(2.0, outcomes, steps=10, sequences=25, shared_steps=shared_steps, max_sequences=8)
 
@@ -37,18 +40,18 @@ def test_rates_and_means() -> None:
 
 
 def test_all_right() -> None:
-    cast = parts(32)
-    assert len({part.tenant for part in cast}) == len({part.module for part in cast}) == 3
-    assert check(cast, phase(cast, 5), phase(cast, 0), GRAMMAR) == []
+    those = parts(32)
+    assert len({part.tenant for part in those}) == len({part.module for part in those}) == 3
+    assert check(those, phase(those, 5), phase(those, 0), GRAMMAR) == []
 
 
 def test_what_is_wrong_is_found() -> None:
-    cast = parts(32)
-    together, in_turn = phase(cast, 0), phase(cast, 2)
+    those = parts(32)
+    together, in_turn = phase(those, 0), phase(those, 2)
     together.outcomes["acme"].finished = False
     together.outcomes["globex"].text = " "
     in_turn.outcomes["initech"].text = JSON + "!"
-    problems = check(cast, together, in_turn, GRAMMAR)
+    problems = check(those, together, in_turn, GRAMMAR)
     expected = ["acme's run did not complete", "globex's run has no text", "does not match its grammar"]
     expected += ["no step merged", "one after another shared steps"]
     assert len(problems) == len(expected)
@@ -86,6 +89,103 @@ def test_view_on_a_terminal_draws_columns() -> None:
     drawn = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
     for text in ("acme: chat", "globex: best", "initech: json", "hello [bold]there[/bold]"):
         assert text in drawn
+
+
+ANSWERS = {
+    "acme": "The sky is blue because of light.",
+    "globex": '{"answer": "Light is scattered.", "confidence": 0.9}',
+    "initech": "Arr, matey! The air scatters it. Savvy?",
+}
+REFUSED = dict.fromkeys(OWNERS.values(), "adapter_not_found")
+
+
+def test_adapters_all_right() -> None:
+    assert OWNERS.keys() < {part.tenant for part in parts(32)} == ANSWERS.keys()
+    assert check_asked(Asked(ANSWERS, 5, REFUSED)) == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "problem"),
+    [
+        (Asked(ANSWERS | {"acme": " "}, 5, REFUSED), "acme got no answer"),
+        (Asked(ANSWERS | {"acme": ANSWERS["globex"]}, 5, REFUSED), "acme's answer, without an adapter"),
+        (Asked(ANSWERS | {"acme": "Arr."}, 5, REFUSED), "acme's answer, without an adapter"),
+        (Asked(ANSWERS | {"globex": ANSWERS["acme"]}, 5, REFUSED), "globex's answer is not one JSON object"),
+        (Asked(ANSWERS | {"initech": ANSWERS["acme"]}, 5, REFUSED), "does not sound like a pirate's"),
+        (Asked(ANSWERS, 0, REFUSED), "no step merged"),
+        (Asked(ANSWERS, 5, REFUSED | {"json": ""}), "json was not kept from others (an answer came)"),
+        (Asked(ANSWERS, 5, REFUSED | {"pirate": "not_found"}), "pirate was not kept from others (not_found)"),
+    ],
+)
+def test_what_is_wrong_with_adapters_is_found(wrong: Asked, problem: str) -> None:
+    found = check_asked(wrong)
+    assert len(found) == 1
+    assert problem in found[0]
+
+
+def test_styles_are_told_apart() -> None:
+    assert is_answer(ANSWERS["globex"])
+    for text in ("", "[]", "{}", '{"answer": "x"}', '{"answer": 1, "confidence": 1}', ANSWERS["globex"] + "!"):
+        assert not is_answer(text)
+    assert not is_answer('{"answer": "x", "confidence": 2}') and not is_answer('{"answer": "x", "confidence": true}')
+    assert pirate_words(ANSWERS["initech"]) == 3
+    assert pirate_words("The array of yesterday's starry heart, yet averted.") == 0
+
+
+class Answering:
+    """What the demo uses of clients; answers as it should, and as a tenant without adapters is answered."""
+
+    def __init__(self, tenant: str) -> None:
+        self.tenant = tenant
+        self.added: dict[str, Path] = {}
+        self.steps = 0
+        self.adapters = self
+
+    async def add(self, name: str, source: Path) -> Adapter:
+        self.added[name] = source
+        return Adapter(name, rank=8, size=1 << 20)
+
+    async def health(self) -> Answering:
+        self.steps += 7
+        return self
+
+    @property
+    def engine(self) -> dict[str, int]:
+        return {"shared_steps": self.steps}
+
+    def _text(self, adapter: str | None) -> str:
+        if adapter is not None and adapter not in self.added:
+            raise NotFound("adapter_not_found", f"{adapter} is unknown")
+        tenant = next((owner for owner, name in OWNERS.items() if name == adapter), "acme")
+        return ANSWERS[tenant]
+
+    async def generate(self, prompt: str, *, adapter: str, max_tokens: int) -> str:
+        return self._text(adapter)
+
+    async def stream(self, prompt: str, *, max_tokens: int, adapter: str | None = None) -> AsyncIterator[Piece]:
+        for index, word in enumerate(self._text(adapter).split(" ")):
+            await asyncio.sleep(0)
+            yield Piece(word if index == 0 else f" {word}", index, False)
+
+
+def test_everybody_asks_and_brings_an_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    clients = {tenant: Answering(tenant) for tenant in ANSWERS}
+    given = cast("dict[str, Client]", clients)
+    console = Console(file=io.StringIO(), width=120)
+
+    async def play() -> Asked:
+        await demo_adapters.add_adapters(console, given, tmp_path)
+        return await demo_adapters.ask(console, given["acme"], given)
+
+    asked = asyncio.run(play())
+    assert asked == Asked(ANSWERS, 7, REFUSED)
+    assert {tenant: client.added for tenant, client in clients.items()} == {
+        tenant: {OWNERS[tenant]: tmp_path / OWNERS[tenant]} if tenant in OWNERS else {} for tenant in ANSWERS
+    }
+    assert "   initech | Arr, matey!" in capsys.readouterr().out
+    said = cast("io.StringIO", console.file).getvalue()
+    assert "globex added the adapter json: rank 8, 1.0 MiB" in said
+    assert "acme asks for the adapter pirate, which is another's: adapter_not_found" in said
 
 
 STAND_IN = """

@@ -42,7 +42,7 @@ def test_without_flags_everything_is_the_default(serve: Serve) -> None:
 
 def test_flags_of_the_engine(serve: Serve) -> None:
     flags = "--device cuda --dtype float32 --attention triton --kv-pages 7 --kv-fraction 0.5 --token-budget 64"
-    more = "--max-sequences 9 --run-ahead 0 --threads 3 --random-weights"
+    more = "--max-sequences 9 --run-ahead 0 --threads 3 --adapter-memory 96 --adapter-cache -1 --random-weights"
     assert serve(*flags.split(), *more.split()).engine == EngineOptions(
         device="cuda",
         dtype="float32",
@@ -53,6 +53,8 @@ def test_flags_of_the_engine(serve: Serve) -> None:
         max_sequences=9,
         run_ahead=0,
         threads=3,
+        adapter_memory=96,
+        adapter_cache=-1,
         random_weights=True,
     )
 

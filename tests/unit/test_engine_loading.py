@@ -137,7 +137,8 @@ def test_a_server_computes_in_a_thread_of_its_own(folder: Path, monkeypatch: pyt
     options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "pages": 32, "max_sequences": 3}
     load_engine(folder, EngineOptions(**options))
     load_engine(folder, EngineOptions(**options, threaded=True))
-    assert made == [{"pages": 32, "lanes": 6, "threaded": False}, {"pages": 32, "lanes": 6, "threaded": True}]
+    usual = {"pages": 32, "lanes": 6, "adapter_memory": 512 << 20}
+    assert made == [{**usual, "threaded": False}, {**usual, "threaded": True}]
 
 
 def test_the_pool_is_sized_by_free_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,6 +169,7 @@ class FakeGpu:
     """
 
     RESERVED = 1 << 20
+    FOR_ADAPTERS = 1 << 18
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, total: int) -> None:
         self.free = total
@@ -176,16 +178,22 @@ class FakeGpu:
         fake = self
 
         class Runner:
-            def __init__(self, model: Any, *, pages: int, lanes: int, token_budget: int, progress: Any) -> None:
+            def __init__(
+                self, model: Any, *, pages: int, lanes: int, token_budget: int, adapter_memory: int, progress: Any
+            ) -> None:
                 if fake.failing is not None:
                     raise fake.failing
                 self.config, self.pages, self.lanes = model.config, pages, lanes
+                self.adapters = types.SimpleNamespace(slots=9, capacity=adapter_memory, dtype=F32)
                 fake.events.append((pages, lanes, token_budget))
                 progress(1, 2)
 
         def activation_bytes(config: ModelConfig, dtype: torch.dtype, token_budget: int, lanes: int) -> int:
             fake.events.append(("activations", token_budget, lanes))
             return FakeGpu.RESERVED
+
+        def adapter_bytes(config: ModelConfig, dtype: torch.dtype, token_budget: int, lanes: int) -> int:
+            return FakeGpu.FOR_ADAPTERS
 
         def load(*arguments: Any, **options: Any) -> Any:
             weights = real(*arguments, **options)
@@ -202,7 +210,7 @@ class FakeGpu:
         # Stand-ins for whole modules, so that this test needs neither CUDA nor Triton.
         for name, content in (
             ("cuda", {"CudaRunner": Runner}),
-            ("cuda_memory", {"activation_bytes": activation_bytes}),
+            ("cuda_memory", {"activation_bytes": activation_bytes, "adapter_bytes": adapter_bytes}),
         ):
             module = types.ModuleType(f"realm.engine.runners.{name}")
             module.__dict__.update(content)
@@ -233,6 +241,88 @@ def test_chosen_pages_and_fraction_reach_the_runner(folder: Path, monkeypatch: p
     load_engine(folder, EngineOptions(**OPTIONS, kv_fraction=1.0))
     first, half, whole = (event[0] for event in fake.events if len(event) == 3 and isinstance(event[0], int))
     assert first == 77 and whole // 2 == half
+
+
+@pytest.mark.parametrize(
+    ("total", "chosen", "expected"),
+    [
+        # Of 64 MiB too little for a quarter to be worth it; of 512 a quarter; of 2 GiB the least, of 6 a part.
+        (64 << 20, 0, 0),
+        (512 << 20, 0, 127 << 20),
+        (2 << 30, 0, 256 << 20),
+        (6 << 30, 0, 511 << 20),
+        (512 << 20, 300, 300 << 20),
+        (6 << 30, -1, 0),
+    ],
+)
+def test_memory_for_adapters_is_taken_before_the_pages(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, total: int, chosen: int, expected: int
+) -> None:
+    config = ModelConfig.load(folder)
+    fake = FakeGpu(monkeypatch, total)
+    engine = load_engine(folder, EngineOptions(**OPTIONS, adapter_memory=chosen))
+    assert engine.runner.adapters.capacity == expected
+    left = total - weight_bytes(config, F32) - FakeGpu.RESERVED - page_bytes(config, F32)
+    left -= expected + FakeGpu.FOR_ADAPTERS if expected else 0
+    assert engine.scheduler.pool.total == int(left * 0.9) // page_bytes(config, F32)
+    assert fake.events[0] == "weights"
+
+
+def test_adapters_leave_the_pages_that_were_chosen(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ModelConfig.load(folder)
+    each = page_bytes(config, F32)
+    left = (512 << 20) - weight_bytes(config, F32) - FakeGpu.RESERVED - FakeGpu.FOR_ADAPTERS
+    for beside, expected in ((100 << 20, 100 << 20), (10 << 20, 0)):
+        FakeGpu(monkeypatch, 512 << 20)
+        pages = (left - beside) // each - 1
+        engine = load_engine(folder, EngineOptions(**OPTIONS, pages=pages))
+        assert engine.runner.adapters.capacity == expected and engine.scheduler.pool.total == pages
+
+
+def test_memory_for_adapters_that_is_not_there_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeGpu(monkeypatch, 64 << 20)
+    with pytest.raises(RealmError, match="--adapter-memory") as caught:
+        load_engine(folder, EngineOptions(**OPTIONS, adapter_memory=64))
+    assert caught.value.code == "engine_start" and caught.value.details["needed"] > 64 << 20
+    assert len(fake.events) == 2
+
+
+@pytest.mark.parametrize(
+    ("there", "options", "memory_mib", "cache_mib"),
+    [
+        (True, {}, 0, 4096),
+        (False, {}, 512, -1),
+        (True, {"adapter_memory": -1}, -1, -1),
+        (False, {"adapter_memory": -1, "adapter_cache": 5}, -1, -1),
+        (True, {"adapter_memory": 7, "adapter_cache": 9}, 7, 9),
+        (False, {"adapter_memory": 7, "adapter_cache": 9}, 7, 9),
+        (True, {"adapter_cache": -1}, 0, -1),
+    ],
+)
+def test_room_for_adapters(
+    monkeypatch: pytest.MonkeyPatch, there: bool, options: dict[str, int], memory_mib: int, cache_mib: int
+) -> None:
+    gpu(monkeypatch, there)
+    chosen = resolve(EngineOptions(**options))
+    assert (chosen.adapter_memory, chosen.adapter_cache) == (memory_mib, cache_mib)
+
+
+def test_room_for_adapters_reaches_runner_and_core(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[dict[str, Any]] = []
+    core = loading.EngineCore
+
+    def seen(*arguments: Any, **options: Any) -> Any:
+        made.append(options)
+        return core(*arguments, **options)
+
+    monkeypatch.setattr(loading, "EngineCore", seen)
+    options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "pages": 32}
+    engines = [
+        load_engine(folder, EngineOptions(**options, adapter_memory=3, adapter_cache=2)),
+        load_engine(folder, EngineOptions(**options, adapter_memory=-1)),
+    ]
+    assert [engine.runner.adapters.capacity for engine in engines] == [3 << 20, 0]
+    assert [options["adapter_cache"] for options in made] == [2 << 20, 0]
 
 
 def test_a_gpu_without_room_for_cuda_itself(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

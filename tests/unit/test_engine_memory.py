@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 
 from realm.engine import memory
 from realm.engine.kv_cache import PAGE_SIZE
-from realm.engine.memory import context_pages, cpu_pages, cuda_pages, explained, page_bytes, warn_of_few, weight_bytes
+from realm.engine.memory import (
+    adapter_memory,
+    context_pages,
+    cpu_pages,
+    cuda_pages,
+    explained,
+    page_bytes,
+    warn_of_few,
+    weight_bytes,
+)
 from realm.errors import RealmError
 from realm.models.config import ModelConfig
 from realm.models.shapes import SHAPES
@@ -85,6 +94,15 @@ def test_a_refusal_says_needed_free_and_what_to_lower() -> None:
     message = caught.value.message
     assert "8,192 KV pages" in message and "6.00 GiB" in message and "3.00 GiB are free" in message
     assert "--kv-pages 2047" in message and "--token-budget" in message
+
+
+@given(st.integers(0, 200 * GIB), st.integers(-GIB, 200 * GIB))
+def test_adapters_take_their_part_where_there_is_room(free: int, room: int) -> None:
+    given = adapter_memory(free=free, room=room)
+    assert given <= max(0, room) and given <= 8 * GIB and given % (1 << 20) == 0
+    if room >= free // 12 and room >= 256 << 20:
+        assert given >= min(8 * GIB, max(256 << 20, free // 12 - (1 << 20)))
+    assert given == 0 or given >= 16 << 20
 
 
 def test_a_pool_below_one_context_is_said(caplog: pytest.LogCaptureFixture) -> None:

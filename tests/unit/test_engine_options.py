@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import realm.settings
-from realm.engine.options import ATTENTIONS, DEVICES, DTYPES, MOST_AHEAD, EngineOptions, declare, read
+from realm.engine.options import ATTENTIONS, DEVICES, DTYPES, MOST_AHEAD, MOST_MIB, EngineOptions, declare, read
 from realm.errors import RealmError
 from realm.settings import MAX_DEFAULT_WORKERS, ServeSettings, default_workers, gpu_present
 from realm.supervisor import engine_arguments, engine_environment, worker_arguments
@@ -32,6 +32,8 @@ OPTIONS = st.builds(
     max_sequences=COUNTS,
     run_ahead=st.integers(-1, MOST_AHEAD),
     threads=COUNTS,
+    adapter_memory=st.integers(-1, MOST_MIB),
+    adapter_cache=st.integers(-1, MOST_MIB),
     random_weights=st.booleans(),
 )
 
@@ -84,6 +86,10 @@ def test_arguments_of_the_processes(tmp_path: Path) -> None:
         ("kv_fraction", 1.01),
         ("kv_fraction", float("nan")),
         ("run_ahead", -2),
+        ("adapter_memory", -2),
+        ("adapter_memory", MOST_MIB + 1),
+        ("adapter_cache", -2),
+        ("adapter_cache", MOST_MIB + 1),
         ("run_ahead", MOST_AHEAD + 1),
     ],
 )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,7 @@ from realm.engine.answers import as_messages
 from realm.engine.links import PeerLink
 from realm.messages import (
     CallFailed,
-    EngineReady,
     EngineReply,
-    EngineStats,
     ForwardDone,
     FreeSequence,
     GatewayHello,
@@ -35,45 +32,9 @@ from realm.messages import (
     WorkerLost,
     WorkerTurn,
 )
-from tests.engine_link import FROM_ENGINE, Link
+from tests.engine_link import FROM_ENGINE
+from tests.engine_process import Engine, running
 from tests.tiny import make_model
-
-
-class Engine:
-    def __init__(self, folder: Path, path: Path, *options: str) -> None:
-        self.path = str(path)
-        self.links: list[Link] = []
-        command = [sys.executable, "-m", "realm.engine.server", "--socket", self.path, "--model", str(folder)]
-        self.process = subprocess.Popen([*command, "--dtype", "float32", "--kv-pages", "64", *options])
-        deadline = time.monotonic() + 60
-        while True:
-            with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
-                self.gateway = Link(self.path)
-                break
-            assert self.process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
-        self.gateway.channel.send(GatewayHello(1))
-
-    def link(self, worker: int = 0) -> Link:
-        self.links.append(Link(self.path, worker))
-        return self.links[-1]
-
-    def worker(self, number: int) -> Link:
-        link = self.link(number)
-        link.channel.send(WorkerHello(number, 1))
-        return link
-
-    def until(self, holds: Callable[[EngineStats], bool], seconds: float = 20) -> None:
-        deadline = time.monotonic() + seconds
-        while not holds(self.stats()):
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-
-    def stats(self) -> EngineStats:
-        self.gateway.channel.send(StatsRequest(1))
-        stats = self.gateway.next()
-        assert isinstance(stats, EngineStats)
-        return stats
 
 
 @pytest.fixture(scope="module")
@@ -92,15 +53,6 @@ def shared(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[E
 @pytest.fixture
 def engine(folder: Path, tmp_path: Path) -> Iterator[Engine]:
     yield from running(folder, tmp_path)
-
-
-def running(folder: Path, place: Path) -> Iterator[Engine]:
-    started = Engine(folder, place / "engine")
-    assert isinstance(started.gateway.next(), EngineReady)
-    yield started
-    for link in (started.gateway, *started.links):
-        link.channel.close()
-    assert started.process.wait(10) == 0
 
 
 def test_two_workers_share_a_step_after_the_first_round(engine: Engine) -> None:

@@ -18,6 +18,7 @@ from realm.errors import RealmError
 from realm.serve import bind, running
 from realm.settings import ServeSettings
 from tests.fake_host import async_test
+from tests.gateway_adapters import add, weights
 from tests.serve_harness import PYTHONPATH, ROOT, children, client_of, healthy, prepare, serving
 
 
@@ -76,6 +77,7 @@ async def test_a_killed_worker_is_replaced(settings: ServeSettings) -> None:
 @async_test
 async def test_a_killed_engine_is_replaced_with_its_workers(settings: ServeSettings) -> None:
     async with running(settings) as info, client_of(info) as client:
+        await add(client, "legal", weights())
         before = {process.pid for process in children("tests.fake_")}
         call = await client.start("run", module="echo", input="hang")
         await client.receive()
@@ -85,6 +87,7 @@ async def test_a_killed_engine_is_replaced_with_its_workers(settings: ServeSetti
         assert reply["id"] == call and reply["error"]["code"] == "engine_lost" and reply["error"]["retry_after"]
         await healthy(client)
         assert (await client.data("run", module="echo", input="x", stream=False))["text"] == "x"
+        assert (await client.data("adapters.show", name="legal"))["state"] == "registered"
         assert not before & {process.pid for process in children("tests.fake_")}
 
 

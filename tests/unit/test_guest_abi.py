@@ -192,7 +192,6 @@ def test_batch_items_are_checked(item: tuple[int, int, int, int], code: ErrorCod
 
 
 def test_functions_of_later_versions_say_so() -> None:
-    assert call("lora_apply", 1, INPUT_AT, 1, blob={INPUT_AT: b"x"}).result == ErrorCode.NOT_SUPPORTED
     assert call("speculative_step", 1, STRUCT_AT, OUTPUT_AT, 8).result == ErrorCode.NOT_SUPPORTED
 
 

@@ -29,7 +29,10 @@ KINDS = [
     sampling(1.0, bias=BIAS_AT, bias_count=1),
     sampling(-1.0),
 ]
-NAMES = "seq_new", "seq_fork", "seq_truncate", "seq_len", "seq_save", "forward", "batch_forward", "sample", "emit"
+NAMES = (
+    *("seq_new", "seq_fork", "seq_truncate", "seq_len", "seq_save"),
+    *("forward", "batch_forward", "lora_apply", "sample", "emit"),
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,10 @@ class Action:
                 return f"(drop (call $seq_truncate (local.get {seq}) {length}))"
             case "save":
                 return f"(drop (call $seq_save (local.get {seq}) (i32.const 100) (i32.const 1)))"
+            case "adapter":
+                # The name that there is, none, or one that there is not.
+                name, size = (100, self.value % 2) if self.value < 4 else (101, 1)
+                return f"(drop (call $lora_apply (local.get {seq}) (i32.const {name}) (i32.const {size})))"
             case "sample":
                 return f"(drop (call $sample (local.get {seq}) (i32.const {params}) (i32.const 0)))"
             case _:
@@ -88,7 +95,7 @@ def program(actions: list[Action]) -> str:
 
     data = f'(data (i32.const {SAMPLINGS}) "{text(b"".join(KINDS))}")'
     data += f'(data (i32.const {MASK_AT}) "{text(bytes([170]) * 16)}")'
-    data += f'(data (i32.const {BIAS_AT}) "{text(struct.pack("<If", 7, 2.0))}") (data (i32.const 100) "n")'
+    data += f'(data (i32.const {BIAS_AT}) "{text(struct.pack("<If", 7, 2.0))}") (data (i32.const 100) "nx")'
     data += f'(data (i32.const {TOKENS}) "{text(struct.pack("<II", 5, 6))}")'
     body = "(local.set $a (call $seq_new)) (local.set $b (call $seq_new))"
     return guest(body + "".join(a.wat() for a in actions) + "(i32.const 0)", *NAMES, extra=data)
@@ -96,7 +103,7 @@ def program(actions: list[Action]) -> str:
 
 ACTIONS = st.builds(
     Action,
-    st.sampled_from(["forward"] * 8 + ["batch"] * 4 + ["change", "fork", "truncate", "save", "sample"]),
+    st.sampled_from(["forward"] * 8 + ["batch"] * 4 + ["change", "fork", "truncate", "save", "sample", "adapter"]),
     st.integers(0, 1),
     st.sampled_from([0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, -1]),
     st.integers(0, 4),
@@ -107,7 +114,7 @@ GO_ON = [Action("forward", 0, 0, 0)] * 3
 def forwards(host: Host) -> list[tuple[object, ...]]:
     """What the engine was asked to compute, by sequence; a row stands for the message that says the same."""
     ops = sorted(host.engine.forwards, key=lambda op: op.seq)
-    return [(op.seq, op.tokens, op.sampling, op.want_logits) for op in ops]
+    return [(op.seq, op.tokens, op.sampling, op.want_logits) for op in ops] + sorted(host.engine.applied)
 
 
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -115,6 +122,9 @@ def forwards(host: Host) -> list[tuple[object, ...]]:
 @example([*GO_ON, Action("fork", 0, 0, 0), *GO_ON, Action("forward", 1, 0, 0)])
 @example([*GO_ON, Action("save", 0, 0, 0), *GO_ON])
 @example([*GO_ON, Action("truncate", 0, 0, 0), *GO_ON])
+@example([*GO_ON, Action("adapter", 0, 0, 1), *GO_ON, Action("adapter", 0, 0, 0), *GO_ON])
+@example([*GO_ON, Action("adapter", 0, 0, 4), *GO_ON])
+@example([*GO_ON, Action("adapter", 0, 0, 1), Action("fork", 0, 0, 0), *GO_ON, *[Action("batch", 0, 0, 0)] * 3])
 @example([*GO_ON, Action("change", 0, 0, 3), *GO_ON])
 @example([*GO_ON, Action("forward", 0, 4, 0), Action("sample", 0, 0, 0), *GO_ON])
 @example([Action("batch", 0, 2, 0)] * 3 + [Action("batch", 0, 3, 0)] * 3)
@@ -124,6 +134,7 @@ def test_rows_and_messages_say_the_same(actions: list[Action]) -> None:
     ends: list[RunFinished] = []
     hosts = [Host(rows=rows) for rows in (True, False)]
     for host in hosts:
+        host.engine.adapters["n"] = 8
         ends.append(host.run(wat))
         host.turn()
         host.check_empty()

@@ -41,6 +41,8 @@ def test_kernels_compile(shape: tuple[object, ...]) -> None:
         "_add_rms_norm_kernel",
         "_silu_mul_kernel",
         "_skinny_linear_kernel",
+        "_lora_shrink_kernel",
+        "_lora_expand_kernel",
     }
     for kernel in kernels:
         assert kernel.shared <= SHARED, kernel

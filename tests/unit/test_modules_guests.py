@@ -163,6 +163,10 @@ def test_generate_samples_as_told() -> None:
         ({"prompt": "a", "stop": [5]}, "stop"),
         ({"prompt": "a", "stop": [""]}, "stop"),
         ({"prompt": "a", "stop": ["x"] * 9}, "stop"),
+        ({"prompt": "a", "adapter": 5}, "adapter"),
+        ({"prompt": "a", "adapter": ["legal"]}, "adapter"),
+        ({"prompt": "a", "adapter": "n" * 129}, "adapter"),
+        ({"prompt": "a", "adapter": "é" * 65}, "adapter"),
     ],
 )
 def test_generate_names_what_is_wrong(input: Any, name: str) -> None:
@@ -241,6 +245,7 @@ def test_chat_continues_a_conversation() -> None:
         ({"prompt": "a", "turns": 0}, "turns"),
         ({"prompt": "a", "timeout_ms": -1}, "timeout_ms"),
         ({"prompt": "a", "temperature": None, "top_k": "all"}, "top_k"),
+        ({"prompt": "a", "adapter": {}}, "adapter"),
     ],
 )
 def test_chat_names_what_is_wrong(input: Any, name: str) -> None:
@@ -327,6 +332,7 @@ def test_best_of_n_of_empty_answers() -> None:
         ({"prompt": "a", "table": 1}, "table"),
         ({"prompt": "a", "stop": ["x"]}, "stop"),
         ({"prompt": "a", "max_tokens": None, "min_p": 2}, "min_p"),
+        ({"prompt": "a", "adapter": 1}, "adapter"),
     ],
 )
 def test_best_of_n_names_what_is_wrong(input: Any, name: str) -> None:
@@ -424,6 +430,7 @@ def test_constrained_says_where_a_pattern_is_wrong(grammar: str) -> None:
         ({"temperature": "hot"}, "input"),
         ({"sampler": "magic"}, "input"),
         ({"prompt": 1}, "input"),
+        ({"adapter": 1}, "input"),
     ],
 )
 def test_constrained_names_what_is_wrong(input: Any, name: str) -> None:

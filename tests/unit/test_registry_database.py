@@ -22,6 +22,7 @@ from realm.limits import TenantLimits
 from realm.registry.blobs import BlobStore, hash_and_sync
 from realm.registry.database import Database, hash_key
 from realm.registry.records import LogLine, ModuleRecord, RunRecord, Stored
+from realm.registry.schema import SCHEMA_VERSION
 from realm.registry.thread import Registry
 from tests.fake_host import async_test
 
@@ -344,7 +345,7 @@ def test_a_file_of_version_1_becomes_one_of_today(tmp_path: Path, blobs: BlobSto
     version_1(path)
     for _ in range(2):
         database = Database(path, blobs)
-        assert database.connection.execute("PRAGMA user_version").fetchone() == (2,)
+        assert database.connection.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)
         principal = database.authenticate("good")
         assert principal is not None and (principal.tenant, principal.key_id, principal.admin) == ("alice", "k1", False)
         assert database.authenticate("old") is None

@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from realm.engine.attention.sdpa import ChunkRows, KvCache, PagedAttention
-from realm.engine.batch import LAST_DRAWN, Chunk, Decodes, Draws, StepBatch
+from realm.engine.batch import LAST_DRAWN, Chunk, Draws, StepBatch
 from realm.engine.kv_cache import PAGE_SIZE
 from realm.engine.runners.cpu import CpuRunner
 from realm.engine.sampling import draws_of
@@ -28,12 +27,8 @@ from realm.messages import SamplingParams
 from realm.models.config import ModelConfig
 from realm.models.llama import LlamaModel
 from realm.models.loading import load_weights
+from tests.runner_steps import GREEDY, LANES, PAGES, SPARE, WIDTH, Gate, chunk, step
 from tests.tiny import make_model, oracle_logits
-
-LANES, PAGES, WIDTH = 8, 130, 16
-SPARE = LANES * WIDTH
-"""A page of no lane."""
-GREEDY = SamplingParams()
 
 
 @pytest.fixture(scope="module")
@@ -66,29 +61,6 @@ def threaded(model: LlamaModel) -> Iterator[CpuRunner]:
     runner = CpuRunner(model, pages=PAGES, lanes=LANES, threaded=True)
     yield runner
     runner.close()
-
-
-def decodes(rows: dict[int, tuple[int, int]], tables: np.ndarray | None = None) -> Decodes:
-    """``rows``: lane -> (token, position). Lane n has pages n * WIDTH.. unless ``tables`` say otherwise."""
-    if tables is None:
-        tables = np.arange(LANES * WIDTH, dtype=np.int32).reshape(LANES, WIDTH)
-    tokens, positions = (np.array([row[at] for row in rows.values()], np.int32) for at in (0, 1))
-    return Decodes(np.array([*rows], np.int32), tokens, positions, tables, int(positions.max(initial=-1)) + 1)
-
-
-def chunk(tokens: list[int], start: int, lane: int, *, draws: bool = True) -> Chunk:
-    return Chunk(np.array(tokens, np.uint32), start, [lane * WIDTH + page for page in range(WIDTH)], draws, lane)
-
-
-def step(
-    rows: dict[int, tuple[int, int]],
-    *chunks: Chunk,
-    params: list[SamplingParams] | None = None,
-    logits: list[int] | None = None,
-) -> StepBatch:
-    batch = StepBatch(decodes(rows), list(chunks), draws_of([]), logits or [])
-    batch.draws = draws_of([GREEDY] * batch.outputs if params is None else params)
-    return batch
 
 
 def readable(runner: CpuRunner) -> bool:
@@ -217,23 +189,6 @@ def test_costly_rows_are_named(runner: CpuRunner, monkeypatch: pytest.MonkeyPatc
 
 
 # --- steps and their ends -------------------------------------------------------------------------
-
-
-class Gate:
-    """Steps come up to it in the computing thread; each :meth:`open` lets some through."""
-
-    def __init__(self, model: LlamaModel) -> None:
-        self._hidden = model.hidden
-        self._passes = threading.Semaphore(0)
-        self.reached = threading.Semaphore(0)
-
-    def open(self, count: int = 1) -> None:
-        self._passes.release(count)
-
-    def __call__(self, *args: Any) -> torch.Tensor:
-        self.reached.release()
-        assert self._passes.acquire(timeout=60)
-        return self._hidden(*args)
 
 
 @pytest.fixture

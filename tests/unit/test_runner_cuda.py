@@ -32,12 +32,13 @@ LANES = 16
 """So a step has up to 8 output rows."""
 
 
-def make_runner(folder: Path, pages: int = 80, lanes: int = LANES) -> CudaRunner:
+def make_runner(folder: Path, pages: int = 80, lanes: int = LANES, adapter_memory: int = 0) -> CudaRunner:
     """A runner on the CPU; its cache is full of NaN, which must never reach a result."""
     config = ModelConfig.load(folder)
     weights = load_weights(folder, config, dtype=torch.float32, device=torch.device("cpu"))
     with torch.inference_mode():
-        runner = CudaRunner(LlamaModel(config, weights), pages=pages, lanes=lanes, token_budget=256)
+        model = LlamaModel(config, weights)
+        runner = CudaRunner(model, pages=pages, lanes=lanes, token_budget=256, adapter_memory=adapter_memory)
         runner._pass.cache.fill_(float("nan"))
     return runner
 

@@ -10,6 +10,7 @@ import pytest
 
 from realm_sdk import AuthenticationError, InvalidRequest, ProtocolError
 from realm_sdk.errors import (
+    AdapterRefused,
     GuestFailed,
     LimitExceeded,
     ModuleRefused,
@@ -168,6 +169,10 @@ def test_parameters_that_are_not_json(value: Any) -> None:
         ("module_import_unknown", ModuleRefused),
         ("compile_limit", ModuleRefused),
         ("upload_hash_mismatch", ModuleRefused),
+        ("adapter_invalid", AdapterRefused),
+        ("adapter_too_large", AdapterRefused),
+        ("adapter_not_found", NotFound),
+        ("adapter_something_new", RealmError),
         ("guest_trap", GuestFailed),
         ("fuel_exhausted", LimitExceeded),
         ("limit_exceeded", LimitExceeded),

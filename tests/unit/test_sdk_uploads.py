@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
@@ -15,26 +16,7 @@ from realm_sdk import (
     ProtocolError,
     WaitTimeout,
 )
-from tests.unit.sdk_fake_server import Peer, fake_server, idle
-
-# --- uploads -------------------------------------------------------------------------------------
-
-CHUNK = 256 << 10
-
-
-async def take_upload(peer: Peer, size: int, *, received: int = 0) -> bytes:
-    """Answer ``modules.begin``; then take chunks and acknowledge each."""
-    begin = await peer.expect("modules.begin")
-    assert begin["params"]["size"] == size
-    await peer.complete(begin, upload=4, received=received, exists=False)
-    taken = b""
-    while received + len(taken) < size:
-        upload, offset, data = await peer.hear_chunk()
-        assert (upload, offset) == (4, received + len(taken))
-        assert 0 < len(data) <= CHUNK
-        taken += data
-        await peer.say(type="upload_ack", upload=4, received=offset + len(data))
-    return taken
+from tests.unit.sdk_fake_server import CHUNK, Peer, fake_server, idle
 
 
 async def test_push_sends_chunks_and_reports_progress(tmp_path: Path) -> None:
@@ -44,7 +26,7 @@ async def test_push_sends_chunks_and_reports_progress(tmp_path: Path) -> None:
     digest = hashlib.sha256(data).hexdigest()
 
     async def script(peer: Peer) -> None:
-        assert await take_upload(peer, len(data)) == data
+        assert (await peer.take_upload(len(data)))[1] == data
         commit = await peer.expect("modules.commit")
         assert commit["params"] == {"upload": 4}
         await peer.complete(commit, name="m", sha256=digest, size=len(data), version=1, imports=["forward"])
@@ -62,7 +44,7 @@ async def test_push_goes_on_from_what_the_server_has() -> None:
     data = b"0123456789" * 60_000
 
     async def script(peer: Peer) -> None:
-        assert await take_upload(peer, len(data), received=400_000) == data[400_000:]
+        assert (await peer.take_upload(len(data), received=400_000))[1] == data[400_000:]
         await peer.complete(await peer.expect("modules.commit"), name="m", sha256="", size=len(data))
         await idle(peer)
 
@@ -153,6 +135,25 @@ async def test_server_that_claims_more_than_there_is() -> None:
     async with fake_server(script) as server, Client(server.url, "k") as client:
         with pytest.raises(ProtocolError, match="99 of 3"):
             await client.push("m", b"abc")
+
+
+async def test_push_from_a_pipe() -> None:
+    """It can be read once only, and its content is needed for the hash and to be sent."""
+    readable, writable = os.pipe()
+    with os.fdopen(writable, "wb") as pipe:
+        pipe.write(b"abc")
+
+    async def script(peer: Peer) -> None:
+        params, data = await peer.take_upload(3)
+        assert (params["sha256"], data) == (hashlib.sha256(b"abc").hexdigest(), b"abc")
+        await peer.complete(await peer.expect("modules.commit"), name="m", sha256="", size=3)
+        await idle(peer)
+
+    try:
+        async with fake_server(script) as server, Client(server.url, "k") as client:
+            await client.push("m", f"/dev/fd/{readable}")
+    finally:
+        os.close(readable)
 
 
 async def test_push_of_a_missing_file() -> None:

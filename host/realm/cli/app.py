@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import realm
-from realm.cli import admin, bench, client_commands, models, run, serving
+from realm.cli import adapters, admin, bench, client_commands, models, run, serving
 from realm.cli.terminal import ErrorGroup
 
 
@@ -47,6 +47,7 @@ def make_app() -> typer.Typer:
     app.command()(client_commands.generate)
     app.command()(client_commands.login)
     app.add_typer(client_commands.modules_app, name="modules")
+    app.add_typer(adapters.app, name="adapters")
     app.add_typer(models.app, name="models")
     app.add_typer(bench.app, name="bench")
     app.add_typer(admin.tenants_app, name="tenants")

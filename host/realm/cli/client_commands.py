@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
 from realm.cli.connection import DEFAULT_URL, KeyOption, Login, UrlOption, connect, save_login
-from realm.cli.terminal import err, out, printable, show_error, size, status, table, usage_line, when, write
+from realm.cli.terminal import err, out, printable, show_error, size, status, table, upload_bar, usage_line, when, write
 from realm_sdk import RealmError, RunInfo, SyncClient
 
 _WIDE = 120
@@ -26,10 +25,8 @@ def push(
     key: KeyOption = None,
 ) -> None:
     """Store a guest on the server under a name."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with connect(url, key) as client, Progress(*columns, console=err(), transient=True) as bar:
-        task = bar.add_task("uploading", total=file.stat().st_size)
-        module = client.push(name or file.stem, file, lambda done, total: bar.update(task, completed=done, total=total))
+    with connect(url, key) as client, upload_bar() as progress:
+        module = client.push(name or file.stem, file, progress)
     out().print(f"{module.name} version {module.version}: {size(module.size)}, sha256 {module.sha256[:16]}…")
 
 
@@ -109,13 +106,16 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="1 is off.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes the text repeatable.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="A LoRA adapter: a name of `realm adapters list`.")] = None,
     url: UrlOption = None,
     key: KeyOption = None,
 ) -> None:
     """Generate text, streamed as it comes."""
-    params = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
+    params: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
     if seed is not None:
         params["seed"] = seed
+    if adapter is not None:
+        params["adapter"] = adapter
     with connect(url, key) as client:
         stream = client.stream(prompt, **params)
         last = ""

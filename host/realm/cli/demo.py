@@ -1,4 +1,4 @@
-"""What ``make demo`` runs: three tenants, each with another guest, on one model at the same time.
+"""What ``make demo`` runs: three tenants, each with another guest, on one model at the same time; then adapters.
 
 The server is the real one, started as ``realm serve`` in a process of its own with an empty registry; only
 the imported model is shared with other uses of the data folder. Everything goes over WebSocket.
@@ -23,6 +23,7 @@ import msgspec
 from rich.console import Console
 from rich.text import Text
 
+from realm.cli.demo_adapters import add_adapters, ask, check_asked
 from realm.cli.demo_view import StreamView
 from realm.cli.models import DEFAULT_MODEL, import_with_progress
 from realm.cli.terminal import size, table
@@ -140,6 +141,7 @@ async def _demo(console: Console, guests: Path, model: str, max_tokens: int) -> 
                 client = clients[part.tenant] = await stack.enter_async_context(Client(ready.url, key))
                 module = await client.push(part.module, guests / part.module / f"{part.module}.wasm")
                 console.print(f"tenant {part.tenant} pushed {module.name}: {size(module.size)}")
+            await add_adapters(console, clients, guests / "adapters")
             # Both ways then find the prompts in the prefix cache, and nobody pays for the first passes.
             for part in cast:
                 await _run(clients[part.tenant], part, part.warm_up, None)
@@ -148,12 +150,14 @@ async def _demo(console: Console, guests: Path, model: str, max_tokens: int) -> 
                 together = await _phase(admin, cast, clients, view, at_once=True)
             console.print("\nthe same, one after another …")
             in_turn = await _phase(admin, cast, clients, None, at_once=False)
-    _report(console, cast, together, in_turn)
-    problems = check(cast, together, in_turn, grammar)
+            _report(console, cast, together, in_turn)
+            asked = await ask(console, admin, clients)
+    problems = check(cast, together, in_turn, grammar) + check_asked(asked)
     for problem in problems:
         console.print(Text(f"wrong: {problem}", style="bold red"))
     if not problems:
-        console.print("\nall runs completed, the JSON matches its grammar, and steps were shared.", style="green")
+        said = "all runs completed, the JSON matches its grammar, steps were shared, and each adapter was its tenant's."
+        console.print(f"\n{said}", style="green")
     return not problems
 
 

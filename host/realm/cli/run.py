@@ -30,6 +30,10 @@ def run(
     model: Annotated[
         str, typer.Option(help="For a local run: the model to use.", show_default="the only one there is")
     ] = "",
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=FOLDER", help="For a local run: a PEFT folder for lora_apply; may be repeated."),
+    ] = None,
     url: UrlOption = None,
     key: KeyOption = None,
 ) -> None:
@@ -39,7 +43,9 @@ def run(
     if path.suffix == ".wasm" or path.is_file():
         if not path.is_file():
             raise RealmError("file_not_found", f"there is no file {path}")
-        _run_here(path, data, stream, seed, model)
+        _run_here(path, data, stream, seed, model, _adapters(adapter or []))
+    elif adapter:
+        raise typer.BadParameter("--adapter is for local runs: add it with realm adapters add")
     else:
         _run_there(module, data, stream, seed, url, key)
 
@@ -55,6 +61,19 @@ def _input(text: str | None, file: Path | None) -> bytes:
         return sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
     except OSError as error:
         raise typer.BadParameter(f"{file} cannot be read: {error.strerror}") from error
+
+
+def _adapters(given: list[str]) -> dict[str, Path]:
+    """Folders by name."""
+    folders = {}
+    for text in given:
+        name, separator, folder = text.partition("=")
+        if not (name and separator and folder):
+            raise typer.BadParameter(f"{text!r} is not of the form NAME=FOLDER")
+        if name in folders:
+            raise typer.BadParameter(f"the adapter {name!r} is given twice")
+        folders[name] = Path(folder)
+    return folders
 
 
 def _run_there(module: str, data: bytes, stream: bool, seed: int | None, url: str | None, key: str | None) -> None:
@@ -82,13 +101,13 @@ def _run_there(module: str, data: bytes, stream: bool, seed: int | None, url: st
             raise
 
 
-def _run_here(path: Path, data: bytes, stream: bool, seed: int | None, model: str) -> None:
+def _run_here(path: Path, data: bytes, stream: bool, seed: int | None, model: str, adapters: dict[str, Path]) -> None:
     with status("loading the model"):
         # torch is behind this import.
         from realm import local, messages
 
         folder = choose_model(default_home(), model)
-        events = local.run_local(path, data, folder, seed=seed)
+        events = local.run_local(path, data, folder, seed=seed, adapters=adapters)
         # The guest is compiled and the model loaded before the first event.
         event = next(events, None)
     output = _Output(stream)

@@ -47,6 +47,12 @@ def serve(
     kv_fraction: Annotated[
         float, typer.Option(help="Part of the GPU's memory for KV pages, of what the model leaves.")
     ] = _ENGINE.kv_fraction,
+    adapter_memory: Annotated[
+        int, typer.Option(min=-1, help="MiB for adapters in use; 0 is the device's default, -1 does without adapters.")
+    ] = _ENGINE.adapter_memory,
+    adapter_cache: Annotated[
+        int, typer.Option(min=-1, help="MiB of main memory for others; 0 is the device's default, -1 none.")
+    ] = _ENGINE.adapter_cache,
     token_budget: Annotated[
         int, typer.Option(min=0, help="Most tokens of one engine step; 0 is 512 on a CPU, 8192 on a GPU.")
     ] = 0,
@@ -82,6 +88,8 @@ def serve(
             attention=attention,
             pages=kv_pages,
             kv_fraction=kv_fraction,
+            adapter_memory=adapter_memory,
+            adapter_cache=adapter_cache,
             token_budget=token_budget,
             max_sequences=max_sequences,
             run_ahead=run_ahead,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
@@ -19,6 +20,8 @@ from realm.errors import RealmError as HostError
 from realm_sdk import RealmError as SdkError
 from realm_sdk import Usage
 
+_LIMITS = "`realm tenants show NAME` lists a tenant's limits; `realm tenants set` (admin key) changes them"
+
 HINTS = {
     "auth_failed": "give a good key with --key or REALM_API_KEY, or save one with `realm login`",
     "no_key": "give one with --key or REALM_API_KEY, or save one with `realm login`",
@@ -26,6 +29,8 @@ HINTS = {
     "forbidden": "this needs the admin key that the first `realm serve` printed",
     "model_not_found": "`realm models import` fetches a small model; `realm models list` shows all",
     "module_not_found": "`realm modules list` shows yours; `realm push FILE --name NAME` adds one",
+    "adapter_not_found": "`realm adapters list` shows yours and the shared ones; `realm adapters add FOLDER` adds one",
+    "adapter_invalid": "PEFT's LoRA for the served model is taken: on q k v o gate up down, rank 1 to 256, no DoRA",
     "file_not_found": "give the path of a .wasm file; a module of the server is run by its name, without .wasm",
     "run_not_found": "`realm ps --all` shows runs",
     "tenant_not_found": "`realm tenants list` shows all",
@@ -33,8 +38,9 @@ HINTS = {
     "address_in_use": "choose another port with --port, or 0 for a free one",
     "already_running": "stop it first, or use another data folder with REALM_HOME",
     "busy": "try again in a moment",
-    "limit_exceeded": "`realm tenants show NAME` lists a tenant's limits; `realm tenants set` (admin key) changes them",
-    "rate_limited": "`realm tenants show NAME` lists a tenant's limits; `realm tenants set` (admin key) changes them",
+    "adapter_too_large": _LIMITS,
+    "limit_exceeded": _LIMITS,
+    "rate_limited": _LIMITS,
 }
 """What a person can do about an error, by its code."""
 
@@ -131,6 +137,21 @@ def status(text: str) -> Iterator[None]:
     """A spinner on standard error while something takes long."""
     with err().status(text):
         yield
+
+
+@contextmanager
+def upload_bar() -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error for an upload, if that is a terminal; gives what to call with (bytes sent, all bytes)."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    console = err()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("hashing", total=None)
+
+        def show(done: int, total: int) -> None:
+            # The server checks what has come before it answers.
+            bar.update(task, completed=done, total=total, description="uploading" if done < total else "checking")
+
+        yield show
 
 
 def table(*columns: str, right: tuple[str, ...] = ()) -> Table:

@@ -13,12 +13,17 @@ token that was drawn for it last.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from realm.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from realm.adapters.weights import AdapterWeights
 
 Ints = npt.NDArray[np.int32]
 Longs = npt.NDArray[np.int64]
@@ -108,6 +113,8 @@ class StepBatch:
         copies: (source, destination) pages to copy before anything else, all read before any is written;
             destinations are distinct.
         fresh: pages to clear before anything is written: what the step leaves of them is read (and hidden).
+        adapters: int32 [len(decodes) + len(chunks)], the slot of each decoding row's adapter, then of each chunk's;
+            -1 is none. None where no row has one: such a step costs nothing more than without adapters.
     """
 
     decodes: Decodes
@@ -116,6 +123,7 @@ class StepBatch:
     logits: list[int] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
     fresh: list[int] = field(default_factory=list)
+    adapters: Ints | None = None
 
     @property
     def outputs(self) -> int:
@@ -153,16 +161,60 @@ class Launched(Protocol):
         ...
 
 
+class AdapterMemory(Protocol):
+    """Where a runner keeps adapters that steps can use: bytes in a row, of which the core gives each adapter some.
+
+    Attributes:
+        slots: how many adapters at most. capacity: bytes; 0 where adapters are not to be had.
+        dtype: of the weights.
+    """
+
+    @property
+    def slots(self) -> int: ...
+
+    @property
+    def capacity(self) -> int: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def put(self, slot: int, at: int, weights: AdapterWeights) -> None:
+        """Make an adapter usable as ``slot``, in the bytes from ``at`` (a multiple of 256); returns when it is.
+
+        Called by one thread beside the owner's, while steps are launched and computed. No row launched from now
+        on uses the slot before this returns, nor what lies in those bytes; rows in flight that do are nobody's.
+        """
+        ...
+
+
+class NoAdapterMemory:
+    """Of a runner that has none. See :class:`AdapterMemory`."""
+
+    slots = 0
+    capacity = 0
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def put(self, slot: int, at: int, weights: AdapterWeights) -> None:
+        """Never called: there are no slots."""
+        raise AssertionError("there is no memory for adapters")
+
+
 class Runner(Protocol):
     """A model on a device, with its KV pages. One thread owns it.
 
     Attributes:
         config: the model's shape. lanes: how many there are. pages: KV pages of 16 tokens.
+        adapters: where it keeps adapters.
     """
 
     config: ModelConfig
     lanes: int
     pages: int
+
+    @property
+    def adapters(self) -> AdapterMemory: ...
 
     def launch(self, batch: StepBatch) -> Launched:
         """Start a step after all that were launched before. Returns before it is done where the device can."""

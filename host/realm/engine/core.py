@@ -15,6 +15,9 @@ from collections.abc import Callable, Iterable
 import msgspec
 import numpy as np
 
+from realm.engine.adapter import MAX_ADAPTER_NAME, Adapter
+from realm.engine.adapter_users import AdapterUsers
+from realm.engine.adapters import Adapters
 from realm.engine.answers import Answers, as_messages
 from realm.engine.batch import Longs, Runner
 from realm.engine.checking import sampling_fault
@@ -28,6 +31,7 @@ from realm.engine.trace import Trace
 from realm.engine.workers import Workers
 from realm.guests.abi import ErrorCode
 from realm.messages import (
+    ApplyAdapter,
     CallDone,
     EndRun,
     EngineOp,
@@ -61,8 +65,10 @@ class EngineCore:
         *,
         clock: Callable[[], float] = time.monotonic,
         run_ahead: int = 0,
+        adapter_cache: int = 0,
     ) -> None:
-        """``clock``: seconds, for rates; its zero does not matter. ``run_ahead``: see :class:`Pipeline`."""
+        """``clock``: seconds, for rates; its zero does not matter. ``run_ahead``: see :class:`Pipeline`.
+        ``adapter_cache``: bytes of host memory for adapters; see :class:`Adapters`."""
         self.name = name
         self.config = runner.config
         self.runner = runner
@@ -74,6 +80,9 @@ class EngineCore:
         self._answers = Answers()
         self._pipeline = Pipeline(runner, scheduler, self._answers, run_ahead=run_ahead, clock=clock)
         self._workers = Workers(scheduler, self.tenants)
+        self._users = AdapterUsers(scheduler, self._pipeline, self._answers, clock)
+        self.adapters = Adapters(runner.adapters, runner.config, self._users, cache=adapter_cache)
+        scheduler.gate = self.adapters.admit
 
     # --- operations -----------------------------------------------------------------------------
 
@@ -110,6 +119,8 @@ class EngineCore:
                     self._save(worker, sequences.get(op.seq), op)
                 case OpenSaved():
                     self._open_saved(worker, op)
+                case ApplyAdapter():
+                    self._apply(worker, sequences.get(op.seq), op, now)
 
     def claim(self, turns: list[tuple[int, bytes]]) -> None:
         """Take in calls that go on, of any workers, at once: most of what that costs is by call, not by row.
@@ -260,6 +271,38 @@ class EngineCore:
         else:
             self._answers.add(worker, CallDone(op.call, len(sequence.tokens)))
 
+    def _apply(self, worker: int, sequence: Sequence | None, op: ApplyAdapter, now: float) -> None:
+        sequence = self._free_to_change(sequence)
+        if sequence is None:
+            self._no_sequence(worker, op.call, op.seq)
+            return
+        if not op.name:
+            if sequence.adapter is not None:
+                self._users.change(sequence, None)
+            self._answers.add(worker, CallDone(op.call, 0))
+            return
+        adapter = None
+        if len(op.name) <= MAX_ADAPTER_NAME:
+            adapter = self.adapters.find(sequence.tenant.name, op.name)
+        if adapter is None:
+            message = f"the tenant has no adapter {op.name[:MAX_ADAPTER_NAME]!r}, and no shared one has that name"
+            self._answers.fail(worker, op.call, ErrorCode.NOT_FOUND, message)
+        elif not self.adapters.capacity:
+            self._answers.fail(worker, op.call, ErrorCode.NOT_SUPPORTED, "this engine was started without adapters")
+        elif sequence.adapter is adapter:
+            self._answers.add(worker, CallDone(op.call, adapter.rank))
+        elif sequence.tokens and (met := sequence.tenant.over_rate(now)) is not None:
+            # What it has is computed again, and counts again.
+            self._answers.fail_limit(worker, op.call, met)
+        else:
+            # Until the adapter is there, the sequence has a call pending like any other.
+            sequence.call = Call(op.call, 0, 0, None, False)
+            self.adapters.apply(adapter, sequence, sequence.call)
+
+    def advance(self) -> None:
+        """Go on loading adapters. To be called in each turn of whoever drives the engine; costs next to nothing."""
+        self.adapters.advance()
+
     # --- steps ----------------------------------------------------------------------------------
 
     @property
@@ -323,6 +366,7 @@ class EngineCore:
 
     def step(self) -> dict[int, list[EngineResult]]:
         """Launch one step, wait for all that is in flight, and return the results by worker as messages."""
+        self.advance()
         self.launch()
         while self.settle(True):
             pass
@@ -330,6 +374,7 @@ class EngineCore:
 
     def close(self) -> None:
         """Give the device back. Idempotent."""
+        self.adapters.close()
         self.runner.close()
 
     # --- facts ----------------------------------------------------------------------------------
@@ -356,10 +401,17 @@ class EngineCore:
             pages_used=pool.used,
             pages_cached=pool.cached,
             tenants=tenants,
+            adapters=self.adapters.resident,
+            adapter_loads=self.adapters.loads,
         )
 
     def check(self) -> None:
-        """Verify the accounting of pages, memory, calls and owners. Raises AssertionError."""
+        """Verify the accounting of pages, memory, calls, owners and adapters. Raises AssertionError."""
         self.scheduler.check()
         self._pipeline.lanes.check()
         self._workers.check()
+        counts: dict[Adapter, int] = {}
+        for sequence in self.scheduler.sequences:
+            if sequence.adapter is not None:
+                counts[sequence.adapter] = counts.get(sequence.adapter, 0) + 1
+        self.adapters.check(counts)

@@ -63,6 +63,7 @@ class Lanes:
         sequences: the sequence in each lane.
         tenants: tenants with a lane; ``slot`` says which is each lane's.
         active: bool [count], whether a lane is in use; all other arrays hold anything where it is not.
+        adapter: int32 [count], slots of their sequences' adapters, or -1. adapted: how many lanes have one.
     """
 
     def __init__(self, count: int, width: int, context: int) -> None:
@@ -93,6 +94,8 @@ class Lanes:
         self.min_p = np.zeros(count, dtype=np.float32)
         self.logprob: Flags = np.zeros(count, dtype=np.bool_)
         self.filtered: Flags = np.zeros(count, dtype=np.bool_)
+        self.adapter: Ints = np.full(count, -1, dtype=np.int32)
+        self.adapted = 0
         self._tokens: Ints = np.zeros((count, LOG_ROWS), dtype=np.int32)
         self._logprobs = np.zeros((count, LOG_ROWS), dtype=np.float32)
 
@@ -141,6 +144,9 @@ class Lanes:
         self.top_k[lane] = min(p.top_k, MOST_TOP_K)
         self.top_p[lane], self.min_p[lane] = p.top_p, p.min_p
         self.logprob[lane], self.filtered[lane] = p.logprob, call.filtered
+        # It stays in its slot as long as a lane uses it.
+        self.adapter[lane] = -1 if sequence.adapter is None else sequence.adapter.slot
+        self.adapted += sequence.adapter is not None
         sequence.sampling = p
         self.show(lane, sequence.pages)
         return lane
@@ -150,6 +156,7 @@ class Lanes:
         sequence = self.sequences[lane]
         assert sequence is not None
         sequence.lane = -1
+        self.adapted -= sequence.adapter is not None
         self.sequences[lane] = None
         self.active[lane] = False
         self.epoch[lane] += 1
@@ -333,6 +340,8 @@ class Lanes:
                 raise AssertionError(f"lane {lane} has counted its rows wrongly: {counts}")
             if self.room[lane] != len(sequence.pages) * PAGE_SIZE or self.base[lane] + launched > self.room[lane]:
                 raise AssertionError(f"lane {lane} has a row outside its sequence's pages")
+            if self.adapter[lane] != (-1 if sequence.adapter is None else sequence.adapter.slot):
+                raise AssertionError(f"lane {lane} has another adapter than its sequence, or one that is not resident")
             if self.tables[lane, : len(sequence.pages)].tolist() != sequence.pages:
                 raise AssertionError(f"lane {lane} has another table than its sequence")
             if len(sequence.tokens) != self.base[lane] + 1 + self._flushed[lane]:

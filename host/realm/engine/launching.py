@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from realm.engine.batch import LAST_DRAWN, Chunk, Decodes, Draws, Launched, Longs, StepBatch
+from realm.engine.batch import LAST_DRAWN, Chunk, Decodes, Draws, Ints, Launched, Longs, StepBatch
 from realm.engine.lanes import Lanes, Ticket
 from realm.engine.page_tables import Part, StepPlan
 from realm.engine.sampling import LEAST_TEMPERATURE, MOST_TOP_K
 from realm.engine.sequence import Call, Sequence
 from realm.guests.draws import uniform, uniforms
 from realm.messages import SamplingParams
+
+if TYPE_CHECKING:
+    from realm.engine.adapter import Adapter
 
 _GREEDY = SamplingParams()
 
@@ -29,12 +33,14 @@ class Single:
 
 @dataclass(slots=True)
 class InFlight:
-    """A launched step. ``ticket`` says whose its rows with lanes are, ``singles`` are the others."""
+    """A launched step. ``ticket`` says whose its rows with lanes are, ``singles`` are the others; ``adapters`` are
+    those of sequences without lanes, whose keys and values it writes for good."""
 
     handle: Launched
     ticket: Ticket
     singles: list[Single]
     began: float
+    adapters: set[Adapter]
 
 
 def may_go_on(call: Call) -> bool:
@@ -117,10 +123,29 @@ def build_batch(lanes: Lanes, rows: Longs, plan: StepPlan, placed: list[int]) ->
     ticket = Ticket(
         np.concatenate((np.arange(count), np.array(ticket_rows, dtype=np.int64))), every, lanes.epoch[every]
     )
+    parts = [plan.parts[at] for at in [*decode, *longer]]
     batch = StepBatch(
-        Decodes(places, tokens, positions, lanes.tables, longest), chunks, draws, wanted, plan.copies, plan.fresh
+        Decodes(places, tokens, positions, lanes.tables, longest),
+        chunks,
+        draws,
+        wanted,
+        plan.copies,
+        plan.fresh,
+        _adapters(lanes, rows, parts),
     )
     return batch, ticket, singles
+
+
+def _adapters(lanes: Lanes, rows: Longs, parts: list[Part]) -> Ints | None:
+    """Adapter slots of the lanes' rows and of the plan's parts; None where nobody has one."""
+    if not lanes.adapted and all(part.sequence.adapter is None for part in parts):
+        return None
+    slots = np.full(len(rows) + len(parts), -1, dtype=np.int32)
+    slots[: len(rows)] = lanes.adapter[rows]
+    for place, part in enumerate(parts, len(rows)):
+        if part.sequence.adapter is not None:
+            slots[place] = part.sequence.adapter.slot
+    return slots if (slots >= 0).any() else None
 
 
 def _chunk(part: Part, lane: int) -> Chunk:

@@ -37,10 +37,14 @@ LOG_INTERVAL = 3.0
 
 CPU_SEQUENCES, CPU_TOKEN_BUDGET = 256, 512
 CUDA_SEQUENCES, CUDA_TOKEN_BUDGET = 512, 8192
+CPU_ADAPTERS, CUDA_ADAPTER_CACHE = 512, 4096
+"""MiB for adapters that steps can use (a GPU's are sized from free memory), and for others in main memory: on the
+CPU the one is as near as the other."""
 
 
 def resolve(options: EngineOptions) -> EngineOptions:
-    """``options`` with the device chosen, and its defaults in place of what was left open.
+    """``options`` with the device chosen, and its defaults in place of what was left open: all but a GPU's KV pages
+    and memory for adapters, which depend on what the weights leave.
 
     Raises:
         RealmError: ``engine_start`` if this machine or the device cannot do what was asked for.
@@ -63,6 +67,7 @@ def resolve(options: EngineOptions) -> EngineOptions:
     if ahead < 0:
         # Where the one who asks for a step also computes it, there is nothing to be ahead of.
         ahead = 2 if cuda else int(options.threaded)
+    none = options.adapter_memory < 0
     return dataclasses.replace(
         options,
         device=device,
@@ -70,6 +75,8 @@ def resolve(options: EngineOptions) -> EngineOptions:
         token_budget=options.token_budget or (CUDA_TOKEN_BUDGET if cuda else CPU_TOKEN_BUDGET),
         max_sequences=options.max_sequences or (CUDA_SEQUENCES if cuda else CPU_SEQUENCES),
         run_ahead=ahead,
+        adapter_memory=options.adapter_memory or (0 if cuda else CPU_ADAPTERS),
+        adapter_cache=-1 if none else options.adapter_cache or (CUDA_ADAPTER_CACHE if cuda else -1),
     )
 
 
@@ -95,7 +102,19 @@ def load_engine(
     made = runner(folder, config, chosen, progress or _logged(time.monotonic))
     memory.warn_of_few(config, made.pages)
     scheduler = Scheduler(made.pages, token_budget=chosen.token_budget, max_sequences=chosen.max_sequences)
-    return EngineCore(name or folder.name, made, scheduler, clock=clock, run_ahead=chosen.run_ahead)
+    return EngineCore(
+        name or folder.name,
+        made,
+        scheduler,
+        clock=clock,
+        run_ahead=chosen.run_ahead,
+        adapter_cache=_mebibytes(chosen.adapter_cache),
+    )
+
+
+def _mebibytes(count: int) -> int:
+    """Bytes of an option in MiB, of which -1 is none."""
+    return max(0, count) << 20
 
 
 def _logged(clock: Callable[[], float]) -> Progress:
@@ -151,7 +170,13 @@ def _cpu_runner(folder: Path, config: ModelConfig, chosen: EngineOptions, progre
         model = _model(folder, config, chosen, device, progress)
     pages = chosen.pages or memory.cpu_pages(config, dtype, memory.available_memory())
     with memory.explained("the KV pages", device, needed=pages * memory.page_bytes(config, dtype), lower=_LOWER_PAGES):
-        return CpuRunner(model, pages=pages, lanes=_lanes(chosen), threaded=chosen.threaded)
+        return CpuRunner(
+            model,
+            pages=pages,
+            lanes=_lanes(chosen),
+            threaded=chosen.threaded,
+            adapter_memory=_mebibytes(chosen.adapter_memory),
+        )
 
 
 def _gpu() -> torch.device:
@@ -160,7 +185,7 @@ def _gpu() -> torch.device:
 
 def _cuda_runner(folder: Path, config: ModelConfig, chosen: EngineOptions, progress: Progress) -> Runner:
     from realm.engine.runners.cuda import CudaRunner
-    from realm.engine.runners.cuda_memory import activation_bytes
+    from realm.engine.runners.cuda_memory import activation_bytes, adapter_bytes
 
     dtype = _dtype(chosen)
     needed = memory.weight_bytes(config, dtype)
@@ -176,6 +201,9 @@ def _cuda_runner(folder: Path, config: ModelConfig, chosen: EngineOptions, progr
     free = memory.device_memory(device)
     lanes = _lanes(chosen)
     reserved = activation_bytes(config, dtype, chosen.token_budget, lanes)
+    adapters = _cuda_adapters(config, chosen, free, reserved + adapter_bytes(config, dtype, chosen.token_budget, lanes))
+    if adapters:
+        reserved += adapters + adapter_bytes(config, dtype, chosen.token_budget, lanes)
     pages = memory.cuda_pages(
         config, dtype, free=free, reserved=reserved, pages=chosen.pages, fraction=chosen.kv_fraction
     )
@@ -187,17 +215,29 @@ def _cuda_runner(folder: Path, config: ModelConfig, chosen: EngineOptions, progr
             pages=pages,
             lanes=lanes,
             token_budget=chosen.token_budget,
+            adapter_memory=adapters,
             progress=lambda done, of: progress("graphs", done, of),
         )
     log.info(
-        "weights of %.2f GiB loaded in %.1f s, %s KV pages of %.2f GiB and graphs made in %.1f s",
+        "weights of %.2f GiB loaded in %.1f s; %s KV pages of %.2f GiB, %.2f GiB for adapters, graphs made in %.1f s",
         needed / 2**30,
         loaded - began,
         f"{pages:,}",
         pages * memory.page_bytes(config, dtype) / 2**30,
+        adapters / 2**30,
         time.perf_counter() - loaded,
     )
     return runner
+
+
+def _cuda_adapters(config: ModelConfig, chosen: EngineOptions, free: int, reserved: int) -> int:
+    """Bytes for adapters; ``reserved`` are those that steps take, with them."""
+    if chosen.adapter_memory:
+        return _mebibytes(chosen.adapter_memory)
+    left = free - reserved
+    # Who chose the KV pages gets them; otherwise adapters take at most a quarter of what could be pages.
+    room = left - (chosen.pages + 1) * memory.page_bytes(config, _dtype(chosen)) if chosen.pages else left // 4
+    return memory.adapter_memory(free=free, room=room)
 
 
 _CUDA_CONTEXT = 512 << 20
@@ -205,4 +245,4 @@ _CUDA_CONTEXT = 512 << 20
 
 _LOWER_OTHERS = "end what else uses the GPU, or choose another one with CUDA_VISIBLE_DEVICES"
 _LOWER_WEIGHTS = f"give --dtype bfloat16 if it is float32, {_LOWER_OTHERS}"
-_LOWER_PAGES = "lower --kv-pages (or --kv-fraction), --token-budget or --max-sequences"
+_LOWER_PAGES = "lower --kv-pages (or --kv-fraction), --adapter-memory, --token-budget or --max-sequences"

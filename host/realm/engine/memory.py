@@ -25,6 +25,13 @@ CPU_PART = 4
 CPU_CONTEXTS = 8
 """... and at most as many full contexts: a computer has other things to do."""
 
+ADAPTER_PART = 12
+"""Adapters take one part in as many of what a GPU's weights leave ..."""
+LEAST_ADAPTERS, MOST_ADAPTERS = 256 << 20, 8 << 30
+"""... within these bounds, as far as there is room ..."""
+FEWEST_ADAPTERS = 16 << 20
+"""... and none at all where there is less than this: a few adapters of a small model."""
+
 
 def page_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes of one KV page over all layers."""
@@ -83,7 +90,8 @@ def cuda_pages(
                 f"{pages:,} KV pages and the memory of steps",
                 needed=free - left + pages * each,
                 free=free,
-                lower=f"give --kv-pages {max(left, 0) // each} or fewer, or lower --token-budget and --max-sequences",
+                lower=f"give --kv-pages {max(left, 0) // each} or fewer, or lower --adapter-memory, --token-budget and "
+                "--max-sequences",
             )
         return pages
     found = int(left * fraction) // each
@@ -92,9 +100,20 @@ def cuda_pages(
             "one KV page and the memory of steps",
             needed=free - left + each,
             free=free,
-            lower="lower --token-budget and --max-sequences, raise --kv-fraction",
+            lower="lower --adapter-memory, --token-budget and --max-sequences, raise --kv-fraction",
         )
     return found
+
+
+def adapter_memory(*, free: int, room: int) -> int:
+    """Bytes for adapters on a GPU where the operator has not said how many; 0 where there is no room.
+
+    Args:
+        free: bytes that the weights leave. room: those that adapters may have of them at most.
+    """
+    wanted = min(MOST_ADAPTERS, max(LEAST_ADAPTERS, free // ADAPTER_PART))
+    given = min(wanted, room)
+    return given >> 20 << 20 if given >= FEWEST_ADAPTERS else 0
 
 
 def warn_of_few(config: ModelConfig, pages: int) -> None:

@@ -11,6 +11,8 @@ DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("bfloat16", "float32")
 ATTENTIONS = ("auto", "sdpa", "triton")
 MOST_AHEAD = 2
+MOST_MIB = 1 << 30
+"""A pebibyte; sizes in bytes stay far below 64 bits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +30,8 @@ class EngineOptions:
         run_ahead: steps that are launched before the guests have answered the one before; -1 is the
             device's default, 0 none.
         threads: torch threads; 0 leaves torch's default.
+        adapter_memory: MiB for adapters that steps can use; 0 is the device's default, -1 does without adapters.
+        adapter_cache: MiB of main memory for adapters beside those; 0 is the device's default, -1 none.
         random_weights: do not read weights but make them up: for measuring, with folders of
             :func:`realm.models.shapes.write_shape`.
         threaded: compute in a thread of its own on the CPU, so that its owner can do other things meanwhile.
@@ -45,6 +49,8 @@ class EngineOptions:
     max_sequences: int = 0
     run_ahead: int = -1
     threads: int = 0
+    adapter_memory: int = 0
+    adapter_cache: int = 0
     random_weights: bool = False
     threaded: bool = False
 
@@ -56,6 +62,10 @@ class EngineOptions:
         for name in ("pages", "token_budget", "max_sequences", "threads"):
             if getattr(self, name) < 0:
                 raise _invalid(name, f"is {getattr(self, name)}; 0 or more is needed")
+        for name in ("adapter_memory", "adapter_cache"):
+            value = getattr(self, name)
+            if not -1 <= value <= MOST_MIB:
+                raise _invalid(name, f"is {value}; -1 (none), 0 (the device's default) to {MOST_MIB} MiB is needed")
         if not 0 < self.kv_fraction <= 1:
             raise _invalid("kv_fraction", f"is {self.kv_fraction:g}; more than 0 and at most 1 is needed")
         if not -1 <= self.run_ahead <= MOST_AHEAD:
@@ -73,6 +83,8 @@ class EngineOptions:
             "--max-sequences": self.max_sequences,
             "--run-ahead": self.run_ahead,
             "--threads": self.threads,
+            "--adapter-memory": self.adapter_memory,
+            "--adapter-cache": self.adapter_cache,
         }
         # One word each, because a negative number after a space would look like an option.
         words = [f"{flag}={value}" for flag, value in values.items()]
@@ -92,6 +104,10 @@ def declare(parser: argparse.ArgumentParser) -> None:
     add("--max-sequences", type=int, default=default.max_sequences, help="most sequences a step; 0 is the default")
     add("--run-ahead", type=int, default=default.run_ahead, help="steps launched ahead; -1 is the device's default")
     add("--threads", type=int, default=default.threads, help="torch threads; 0 is torch's default")
+    add("--adapter-memory", type=int, default=default.adapter_memory, help="MiB; 0 is the default, -1 no adapters")
+    add(
+        "--adapter-cache", type=int, default=default.adapter_cache, help="MiB of main memory; 0 is the default, -1 none"
+    )
     add("--random-weights", action="store_true", help="make weights up instead of reading them")
 
 
@@ -107,6 +123,8 @@ def read(parsed: argparse.Namespace, *, threaded: bool = False) -> EngineOptions
         max_sequences=parsed.max_sequences,
         run_ahead=parsed.run_ahead,
         threads=parsed.threads,
+        adapter_memory=parsed.adapter_memory,
+        adapter_cache=parsed.adapter_cache,
         random_weights=parsed.random_weights,
         threaded=threaded,
     )

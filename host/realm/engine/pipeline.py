@@ -12,7 +12,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -31,12 +31,17 @@ from realm.engine.trace import Trace
 from realm.guests.abi import ErrorCode
 from realm.messages import LimitMet
 
+if TYPE_CHECKING:
+    from realm.engine.adapter import Adapter
+
 log = logging.getLogger("realm.engine")
 
 PARKED_STEPS = 16
 """Steps for which nobody (or a tenant) gets a lane after pages or places had run out."""
 LEAST_FLATNESS = 0.001
 """Draws as rarely flat as this are not followed any more."""
+RESTING_STEPS = 8
+"""A guest that has not asked for so many steps gives its lane up for another's adapter."""
 UNUSED_STEPS = 32
 """A lane whose guest has not asked for so many steps is given to another sequence that wants one."""
 
@@ -126,7 +131,8 @@ class Pipeline:
             scheduler.served(tenant, count)
         lanes.launch(rows)
         handle = self._runner.launch(batch)
-        self._launched.append(InFlight(handle, ticket, singles, planned))
+        adapters = {part.sequence.adapter for part in plan.parts if part.sequence.adapter is not None}
+        self._launched.append(InFlight(handle, ticket, singles, planned, adapters))
         scheduler.seal(plan)
         self._count(plan, served, len(rows))
         if self.trace is not None:
@@ -285,7 +291,7 @@ class Pipeline:
             stats = sequence.tenant.stats
             stats.cached_tokens -= cached
             stats.decode_tokens -= claimed > 1
-            self._resubmit(sequence, Call(number, 0, count, p, False, cached=cached, matched=True))
+            self.resubmit(sequence, Call(number, 0, count, p, False, cached=cached, matched=True))
 
     def _leave(self, sequence: Sequence) -> None:
         lanes, lane = self.lanes, sequence.lane
@@ -298,7 +304,8 @@ class Pipeline:
         if sequence.lane >= 0:
             self._leave(sequence)
 
-    def _resubmit(self, sequence: Sequence, call: Call) -> None:
+    def resubmit(self, sequence: Sequence, call: Call) -> None:
+        """Give the scheduler a call whose tokens are counted already, or fail it if it does not fit any more."""
         met = self.no_room(sequence.tenant, len(sequence.tokens))
         if met is None:
             self._scheduler.resubmit(sequence, call)
@@ -323,6 +330,30 @@ class Pipeline:
             total = self._scheduler.pool.total * PAGE_SIZE
             message = f"the sequence would have {length:,} tokens; the KV cache holds {total:,}"
             self._answers.fail(worker, call, why, message)
+
+    # --- adapters -------------------------------------------------------------------------------
+
+    def adapters_in_use(self) -> dict[Adapter, bool]:
+        """Adapters of sequences that compute, or may at any time; True for those of lanes whose guests have asked
+        for nothing lately, only."""
+        lanes, scheduler = self.lanes, self._scheduler
+        resting = not self._launched and not self.due
+        used: dict[Adapter, bool] = {adapter: False for step in self._launched for adapter in step.adapters}
+        for sequence in scheduler.sequences:
+            adapter, lane = sequence.adapter, sequence.lane
+            if adapter is None:
+                continue
+            if lane >= 0:
+                late = resting or bool(lanes.asked[lane] < scheduler.step - RESTING_STEPS)
+                used[adapter] = used.get(adapter, True) and late and not lanes.pending(lane)
+            elif sequence.queued:
+                used[adapter] = False
+        return used
+
+    def leave_lanes(self, adapter: Adapter) -> None:
+        """Take the sequences with an adapter out of their lanes."""
+        for sequence in [s for s in self.lanes.sequences if s is not None and s.adapter is adapter]:
+            self.park(sequence)
 
     def park_tenant(self, tenant: Tenant) -> None:
         """Take all sequences of a tenant out of their lanes."""

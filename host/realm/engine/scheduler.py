@@ -25,14 +25,19 @@ Policy:
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterable
 from itertools import islice
+from typing import TYPE_CHECKING
 
 from realm.engine.kv_cache import PAGE_SIZE, PageHolder, PagePool
 from realm.engine.page_tables import PageTables, Part, StepPlan
 from realm.engine.sequence import SEQUENCE_BYTES, TOKEN_BYTES, Call, Sequence, Tenant
 from realm.engine.victims import by_age
+
+if TYPE_CHECKING:
+    from realm.engine.adapter import Adapter
 
 PREFILL_WEIGHT = 1.0
 DECODE_WEIGHT = 2.0
@@ -59,6 +64,8 @@ class Scheduler:
         clock: seconds; tells how long a tenant has not called.
         step: number of the next step.
         on_remove: told of each sequence before it is forgotten.
+        gate: asked for each sequence with a call whether steps may compute it; if not, the call is held, and whoever
+            said so calls :meth:`release`.
     """
 
     def __init__(
@@ -82,6 +89,7 @@ class Scheduler:
         self._order = 0
         self.step = 0
         self.on_remove: Callable[[Sequence], None] = _nothing
+        self.gate: Callable[[Sequence], bool] = _open
 
     # --- sequences ------------------------------------------------------------------------------
 
@@ -115,6 +123,10 @@ class Scheduler:
         # A failed attempt never leaves spare pages, so every page listed holds computed tokens.
         child.pages = parent.pages[:]
         child.keys = parent.keys[:]
+        child.root = parent.root
+        if (adapter := parent.adapter) is not None:
+            child.adapter = adapter
+            adapter.sequences += 1
         # A fork counts as a use: so the idle ones stay in the order of their last use.
         child.last_step = self.step - 1
         for page in child.pages:
@@ -134,10 +146,27 @@ class Scheduler:
         self.tables.release_from(sequence, keep)
         del sequence.keys[sequence.computed // PAGE_SIZE :]
 
+    def change_adapter(self, sequence: Sequence, adapter: Adapter | None) -> None:
+        """All that the sequence has is computed again, with other weights. It must have no pending call."""
+        if sequence.adapter is not None:
+            sequence.adapter.sequences -= 1
+        sequence.adapter, sequence.root, sequence.sampling = adapter, None, None
+        if adapter is not None:
+            adapter.sequences += 1
+            # The tenant's own root is secret, so no other tenant can make this key.
+            key = sequence.tenant.root[:32]
+            sequence.root = hashlib.blake2b(adapter.identity, key=key, digest_size=32).digest()
+        sequence.computed = 0
+        sequence.keys.clear()
+        self.tables.release_from(sequence, 0)
+        sequence.tenant.idle.pop(sequence.id, None)
+
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence and its pending call."""
         self.on_remove(sequence)
         self.cancel(sequence)
+        if sequence.adapter is not None:
+            sequence.adapter.sequences -= 1
         self.tables.release_from(sequence, 0)
         sequence.tenant.idle.pop(sequence.id, None)
         del self._sequences[sequence.id]
@@ -156,11 +185,14 @@ class Scheduler:
     def resubmit(self, sequence: Sequence, call: Call) -> None:
         """Queue a call that a sequence had in its lane: its tokens are counted already."""
         tenant = sequence.tenant
+        sequence.call = call
+        sequence.held = not self.gate(sequence)
+        if sequence.held:
+            return
         call.order = self._order
         self._order += 1
         self._wake(tenant)
         tenant.idle.pop(sequence.id, None)
-        sequence.call = call
         sequence.queued = True
         self._pending += 1
         self._enqueue(sequence)
@@ -191,8 +223,7 @@ class Scheduler:
             del tenant.prompts[sequence.id]
         sequence.queued = False
         self._pending -= 1
-        if sequence.call is not None and sequence.call.weight:
-            self._account(tenant, 0, -sequence.call.weight)
+        self._forget_weight(sequence)
         if tenant.blocked is sequence:
             tenant.blocked = None
         if sequence.pages:
@@ -200,10 +231,17 @@ class Scheduler:
             sequence.last_step = max(sequence.last_step, self.step - 1)
             tenant.idle[sequence.id] = sequence
 
+    def _forget_weight(self, sequence: Sequence) -> None:
+        if sequence.call is not None and sequence.call.weight:
+            self._account(sequence.tenant, 0, -sequence.call.weight)
+
     def cancel(self, sequence: Sequence) -> None:
         """Drop a sequence's call, if it has one. Its tokens stay appended."""
         if sequence.queued:
             self._dequeue(sequence)
+        elif sequence.held:
+            self._forget_weight(sequence)
+            sequence.held = False
         sequence.call = None
 
     # --- planning -------------------------------------------------------------------------------
@@ -409,6 +447,12 @@ class Scheduler:
                 if sequence.call is None or queue.get(sequence.id) is not sequence:
                     raise AssertionError(f"sequence {sequence.id} is pending without a call or in the wrong queue")
                 counts[1] += sequence.call.weight
+            elif sequence.held:
+                if sequence.call is None or sequence.lane >= 0:
+                    raise AssertionError(f"sequence {sequence.id} is held without a call, or has a lane")
+                counts[1] += sequence.call.weight
+                if sequence.pages and tenant.idle.get(sequence.id) is not sequence:
+                    raise AssertionError(f"held sequence {sequence.id} cannot be preempted")
             elif sequence.lane >= 0:
                 if sequence.call is not None or sequence.id in tenant.idle:
                     raise AssertionError(f"sequence {sequence.id} has a lane and something else")
@@ -428,6 +472,10 @@ class Scheduler:
 
 def _nothing(sequence: Sequence) -> None:
     pass
+
+
+def _open(sequence: Sequence) -> bool:
+    return True
 
 
 def _by_share(sequence: Sequence) -> tuple[float, int]:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 from array import array
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from realm.buckets import Bucket
 from realm.engine.kv_cache import PAGE_SIZE, PageHolder
 from realm.messages import LimitMet, SamplingParams, TenantQuota, TenantStats
+
+if TYPE_CHECKING:
+    from realm.engine.adapter import Adapter
 
 MINUTE = 60.0
 
@@ -77,6 +81,9 @@ class Sequence:
         lane: its lane (:mod:`realm.engine.lanes`), or -1. While it has one, its pending call and its last
             tokens are there, and ``call`` is None.
         sampling: of its last call in a lane, for one that goes on as before when the lane is gone.
+        adapter: whose weights compute it, beside the base model's. root: parent key of its first page, or None
+            for its tenant's.
+        held: whether its call waits for something else than a step (:attr:`Scheduler.gate`).
     """
 
     id: int
@@ -93,6 +100,9 @@ class Sequence:
     last_step: int = -1
     lane: int = -1
     sampling: SamplingParams | None = None
+    adapter: Adapter | None = None
+    root: bytes | None = None
+    held: bool = False
 
     @property
     def remaining(self) -> int:
@@ -105,7 +115,9 @@ class Sequence:
 
     def parent_key(self, page: int) -> bytes:
         """Key that page index ``page`` is chained to; all earlier pages must have keys."""
-        return self.keys[page - 1] if page else self.tenant.root
+        if page:
+            return self.keys[page - 1]
+        return self.tenant.root if self.root is None else self.root
 
 
 class Tenant(PageHolder):

@@ -38,6 +38,10 @@ from realm.engine.workers import MAX_WORKER
 from realm.errors import RealmError
 from realm.messages import (
     CONTINUE,
+    AdapterFile,
+    AdapterGone,
+    AdaptersRequest,
+    AdapterStates,
     EngineOp,
     EngineReady,
     EngineReply,
@@ -132,6 +136,7 @@ class EngineServer:
         self._asks = False
         if self._done >= 0:
             self._poll.register(self._done, select.POLLIN)
+        self._poll.register(core.adapters.fileno(), select.POLLIN)
 
     def run(self) -> None:
         """Serve until the gateway goes."""
@@ -139,6 +144,7 @@ class EngineServer:
         while not self._stopping:
             self._receive(self._patience())
             self._submit_backlog()
+            core.advance()
             # Calls that go on are taken in all at once, if they can wait for each other.
             if time.perf_counter() >= self._hold_until() or not core.claims_can_wait:
                 self._claim()
@@ -315,6 +321,12 @@ class EngineServer:
                 self._send(peer, self._core.stats(message.call))
             case TenantQuota():
                 self._core.set_quota(message)
+            case AdapterFile():
+                self._core.adapters.register(message)
+            case AdapterGone():
+                self._core.adapters.forget(message.tenant, message.name)
+            case AdaptersRequest():
+                self._send(peer, AdapterStates(message.call, self._core.adapters.states(message.tenant)))
             case WorkerLost():
                 lost = self._workers.get(message.worker)
                 if lost is not None:

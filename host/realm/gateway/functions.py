@@ -19,10 +19,11 @@ import msgspec
 from realm import __version__
 from realm.errors import RealmError
 from realm.gateway import protocol as p
+from realm.gateway.adapter_calls import AdapterCalls
 from realm.gateway.calls import Call, GenerateSink, RunSink
 from realm.gateway.run import Run, parse_run
 from realm.gateway.tenants import set_limits, show_limits
-from realm.gateway.uploads import Uploads
+from realm.gateway.uploads import Uploads, check_hash
 from realm.limits import over_limit
 from realm.registry.blobs import hash_and_sync
 from realm.registry.database import Database
@@ -80,6 +81,7 @@ class Functions:
             "modules.abort": self.modules_abort,
             "modules.list": self.modules_list,
             "modules.remove": self.modules_remove,
+            **AdapterCalls(gateway).handlers,
             "models.list": self.models_list,
             "health": self.health,
             "metadata": self.metadata,
@@ -102,12 +104,7 @@ class Functions:
             raise p.invalid_params("prompt", "give exactly one of prompt and messages", function="generate")
         if params.messages is not None and not params.messages:
             raise p.invalid_params("messages", "give at least one message", function="generate")
-        if params.model is not None and params.model != gateway.model:
-            raise RealmError(
-                "model_not_found",
-                f"this host serves {gateway.model!r}, not {params.model[:64]!r}",
-                details={"available": [gateway.model]},
-            )
+        gateway.check_model(params.model)
         given: dict[str, Any] = {
             "max_tokens": params.max_tokens,
             "temperature": params.temperature,
@@ -121,6 +118,9 @@ class Functions:
             given["messages"] = params.messages
         else:
             given["prompt"] = params.prompt
+        if params.adapter is not None:
+            gateway.adapters.book.check_usable(caller.principal.tenant, params.adapter)
+            given["adapter"] = params.adapter
         seed = _seed(params.seed, "generate")
         sink = GenerateSink(call, streamed=bool(params.stream))
         return self._start(caller, call, GENERATE, p.encode(given), seed, sink)
@@ -244,13 +244,7 @@ class Functions:
                 file = await gateway.registry.run(
                     lambda database: database.borrow_content(tenant, sha256), tenant=tenant
                 )
-            found = await asyncio.to_thread(hash_and_sync, file)
-            if found != sha256:
-                raise RealmError(
-                    "upload_hash_mismatch",
-                    "the content that came has another SHA-256 than announced: upload it again",
-                    details={"announced": sha256, "received": found},
-                )
+            check_hash(await asyncio.to_thread(hash_and_sync, file), sha256)
             compiled = await gateway.artifacts.make(sha256, file, tenant)
             imports = list(compiled.imports)
             record = await gateway.commit_module(tenant, upload.name, file, sha256, upload.size, imports)

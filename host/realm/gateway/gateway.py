@@ -6,6 +6,7 @@ Sockets of clients are :mod:`realm.gateway.server`'s; processes are :mod:`realm.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping
@@ -16,6 +17,7 @@ import msgspec
 
 from realm.channel import listen
 from realm.errors import RealmError
+from realm.gateway.adapters import SHARED, Adapters
 from realm.gateway.artifacts import Artifacts, Compiled, Compiler
 from realm.gateway.calls import GenerateSink, RunSink
 from realm.gateway.functions import GENERATE, Functions
@@ -27,6 +29,7 @@ from realm.gateway.recent import Recent
 from realm.gateway.run import Run, Worker
 from realm.gateway.runs import RunManager
 from realm.messages import Shutdown, WorkerEvents, WorkerHello, WorkerToGateway
+from realm.models.config import ModelConfig
 from realm.registry.blobs import hash_and_sync
 from realm.registry.database import Database
 from realm.registry.records import LogLine, ModuleRecord, RunRecord
@@ -58,11 +61,15 @@ class Gateway:
         registry: Registry,
         *,
         model: str,
+        shape: ModelConfig,
         compiler: Compiler,
         builtin: Path,
         models: Callable[[], list[dict[str, Any]]],
     ) -> None:
-        """``builtin`` is the folder with ``generate.wasm``; ``models`` lists what ``models.list`` gives."""
+        """``model`` is the served one's name, ``shape`` what its ``config.json`` says.
+
+        ``builtin`` is the folder with ``generate.wasm``; ``models`` lists what ``models.list`` gives.
+        """
         self.settings = settings
         self.limits = settings.limits
         self.registry = registry
@@ -76,6 +83,7 @@ class Gateway:
         self.connections: set[Connection] = set()
         self.on_worker_lost: Callable[[int], None] | None = None
         self.worker_joined = asyncio.Event()
+        self.takes_runs = asyncio.Event()
         self.no_runs = asyncio.Event()
         self.no_connections = asyncio.Event()
         self.quotas = Quotas(settings.defaults)
@@ -86,6 +94,14 @@ class Gateway:
             on_finish=self._run_finished,
             on_store=GuestStore(registry, self.quotas, settings.limits.store_value_bytes).request,
             on_damaged=self._artifact_damaged,
+        )
+        self.adapters = Adapters(
+            registry,
+            self.quotas,
+            model=model,
+            shape=shape,
+            checks=settings.limits.checks,
+            engine=lambda: self.engine,
         )
         self.functions = Functions(self)
         self._builtin = builtin / f"{GENERATE}.wasm"
@@ -116,6 +132,7 @@ class Gateway:
         if lost:
             log.warning("%d runs were in progress when the host last ended", lost)
         await self.registry.run(lambda database: database.prune_runs(self.limits.runs_kept))
+        await self.adapters.load()
         self._next_run = await self.registry.run(lambda database: database.reserve_runs(_RUN_BLOCK))
         self._last_run = self._next_run + _RUN_BLOCK - 1
         loop = asyncio.get_running_loop()
@@ -150,8 +167,17 @@ class Gateway:
     @property
     def status(self) -> str:
         """``healthy``, or ``degraded`` while the engine or all workers are being restarted."""
-        up = self.engine is not None and not self.engine.lost.is_set() and self.engine.ready.done()
+        up = self.engine is not None and not self.engine.lost.is_set() and self.takes_runs.is_set()
         return "healthy" if up and self.runs.workers else "degraded"
+
+    def check_model(self, name: str | None) -> None:
+        """Whether a client that names a model means the served one. Raises RealmError ``model_not_found``."""
+        if name is not None and name != self.model:
+            raise RealmError(
+                "model_not_found",
+                f"this host serves {self.model!r}, not {name[:64]!r}",
+                details={"available": [self.model]},
+            )
 
     # --- runs -----------------------------------------------------------------------------------
 
@@ -367,14 +393,31 @@ class Gateway:
 
     def engine_lost(self) -> None:
         """The engine is gone: nothing in progress can go on."""
+        self.takes_runs.clear()
         error = RealmError("engine_lost", "the engine ended and is being restarted", retry_after=5.0)
         self.runs.refuse(error)
         self.runs.fail(self.runs.runs.values(), error)
 
     def engine_ready(self, engine: EngineClient) -> None:
-        """Runs may start again."""
+        """Runs may start again, as soon as the engine knows the adapters."""
         self.engine = engine
         self._send_quotas(None)
+        if self.adapters.introduce(engine):
+            self.takes_runs.clear()
+            self.runs.refuse(RealmError("engine_lost", "the engine is being told of the adapters", retry_after=1.0))
+            self._spawn(self._wait_until_informed(engine))
+        else:
+            self._take_runs()
+
+    async def _wait_until_informed(self, engine: EngineClient) -> None:
+        """Guests reach the engine over links of their own, so it must have read this one first."""
+        with contextlib.suppress(RealmError):
+            await engine.adapters(SHARED)
+        if self.engine is engine and not engine.lost.is_set() and not self._draining:
+            self._take_runs()
+
+    def _take_runs(self) -> None:
+        self.takes_runs.set()
         self.runs.refuse(None)
 
     def drain(self) -> None:

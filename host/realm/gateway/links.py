@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import msgspec
 
@@ -16,6 +16,11 @@ from realm.channel import FrameBuffer, frame
 from realm.errors import RealmError
 from realm.limits import TenantLimits
 from realm.messages import (
+    AdapterFile,
+    AdapterGone,
+    AdaptersRequest,
+    AdapterState,
+    AdapterStates,
     EngineReady,
     EngineStats,
     EngineToGateway,
@@ -120,7 +125,7 @@ class EngineClient:
         self.lost = asyncio.Event()
         self.ready: asyncio.Future[EngineReady] = asyncio.get_running_loop().create_future()
         self._link: Link[Any] | None = None
-        self._calls: dict[int, asyncio.Future[EngineStats]] = {}
+        self._calls: dict[int, asyncio.Future[Any]] = {}
         self._next = 1
 
     async def connect(self, path: str, pid: int) -> None:
@@ -138,21 +143,43 @@ class EngineClient:
         Raises:
             RealmError: ``engine_lost``.
         """
+        stats = await self._ask(StatsRequest, patience)
+        assert isinstance(stats, EngineStats)
+        return stats
+
+    async def adapters(self, tenant: str, patience: float = 5.0) -> dict[str, AdapterState]:
+        """Where the engine has a tenant's adapters ("": the shared ones), by name.
+
+        What was told before (:meth:`tell`) has been taken in when this answers.
+
+        Raises:
+            RealmError: ``engine_lost``.
+        """
+        states = await self._ask(lambda call: AdaptersRequest(call, tenant), patience)
+        assert isinstance(states, AdapterStates)
+        return {state.name: state for state in states.states}
+
+    async def _ask(self, request: Callable[[int], Any], patience: float) -> EngineStats | AdapterStates:
         if self._link is None or self.lost.is_set():
             raise _engine_lost()
         call = self._next
         self._next += 1
-        future: asyncio.Future[EngineStats] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._calls[call] = future
-        self._link.send(StatsRequest(call))
+        self._link.send(request(call))
         try:
-            return await asyncio.wait_for(future, patience)
+            return cast("EngineStats | AdapterStates", await asyncio.wait_for(future, patience))
         except TimeoutError:
             raise RealmError(
                 "engine_lost", f"the engine did not answer in {patience:g} seconds", retry_after=1.0
             ) from None
         finally:
             self._calls.pop(call, None)
+
+    def tell(self, change: AdapterFile | AdapterGone) -> None:
+        """Tell the engine what an adapter's name stands for."""
+        if self._link is not None:
+            self._link.send(change)
 
     def worker_lost(self, worker: int) -> None:
         """Tell the engine to free what a dead worker owned."""
@@ -168,7 +195,7 @@ class EngineClient:
         if self._link is not None:
             self._link.close()
 
-    def _received(self, link: Link[Any], message: EngineReady | EngineStats) -> None:
+    def _received(self, link: Link[Any], message: EngineReady | EngineStats | AdapterStates) -> None:
         if isinstance(message, EngineReady):
             if not self.ready.done():
                 self.ready.set_result(message)

@@ -61,6 +61,9 @@ class GenerateParams(Params):
         Annotated[list[Message], Meta(description="conversation for the model's chat template (or `prompt`)")] | None
     ) = None
     model: Annotated[str, Meta(description="name of the served model")] | None = None
+    adapter: Annotated[ModuleName, Meta(description="name of an adapter of this tenant, or of a shared one")] | None = (
+        None
+    )
     max_tokens: Annotated[int, Meta(ge=1, le=1 << 20, description="most tokens to generate")] | None = 128
     temperature: Annotated[float, Meta(ge=0, le=100, description="0 is greedy")] | None = 0.0
     top_p: Annotated[float, Meta(gt=0, le=1, description="mass of the tokens kept; 1 is off")] | None = 1.0
@@ -115,11 +118,31 @@ class BeginParams(Params):
 
 
 class UploadParams(Params):
-    upload: Annotated[int, Meta(ge=0, le=1 << 53, description="number that modules.begin gave")]
+    upload: Annotated[int, Meta(ge=0, le=1 << 53, description="number that modules.begin or adapters.begin gave")]
 
 
 class NameParams(Params):
     name: Annotated[ModuleName, Meta(description="name of a module of this tenant")]
+
+
+class BeginAdapterParams(Params):
+    name: Annotated[ModuleName, Meta(description="letters, digits, and - _ . inside, at most 64")]
+    size: Annotated[int, Meta(ge=0, le=1 << 53, description="bytes of adapter_model.safetensors")]
+    sha256: Annotated[str, Meta(pattern=_SHA256, description="of adapter_model.safetensors, lower-case hex")]
+    config: Annotated[msgspec.Raw, Meta(description="what adapter_config.json holds: a JSON object")]
+    model: Annotated[str, Meta(description="name of the served model, which the adapter is for")] | None = None
+
+
+class AdapterParams(Params):
+    name: Annotated[ModuleName, Meta(description="name of an adapter of this tenant")]
+
+
+class PinParams(AdapterParams):
+    pinned: Annotated[bool, Meta(description="keep it ready for the next step, or no more")]
+
+
+class ShareParams(AdapterParams):
+    shared: Annotated[bool, Meta(description="let all tenants use it, or no more")]
 
 
 class AddTenantParams(Params):
@@ -265,6 +288,14 @@ _ALL = (
     Function("modules.abort", UploadParams, "Give an upload up"),
     Function("modules.list", NoParams, "List the tenant's modules"),
     Function("modules.remove", NameParams, "Remove a module with all its versions"),
+    Function("adapters.begin", BeginAdapterParams, "Begin to upload an adapter's weights"),
+    Function("adapters.commit", UploadParams, "Check and name an uploaded adapter"),
+    Function("adapters.abort", UploadParams, "Give an upload up"),
+    Function("adapters.list", NoParams, "List the tenant's adapters, and shared ones"),
+    Function("adapters.show", AdapterParams, "One adapter, and where the engine has it"),
+    Function("adapters.pin", PinParams, "Keep an adapter ready for the next step"),
+    Function("adapters.share", ShareParams, "Let all tenants use an adapter of the admin tenant", admin=True),
+    Function("adapters.remove", AdapterParams, "Remove an adapter"),
     Function("models.list", NoParams, "List the models of this host"),
     Function("health", NoParams, "How the host is"),
     Function("metadata", NoParams, "The functions of this protocol"),

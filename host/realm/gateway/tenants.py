@@ -65,6 +65,9 @@ async def _used(gateway: Gateway, tenant: str) -> dict[str, int]:
         "stored_modules": stored.modules,
         "stored_bytes": stored.module_bytes,
         "store_bytes": stored.store_bytes,
+        "stored_adapters": stored.adapters,
+        "stored_adapter_bytes": stored.adapter_bytes,
+        "pinned_adapters": stored.pinned,
     }
     try:
         if gateway.engine is None:

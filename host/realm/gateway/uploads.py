@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 from realm.errors import RealmError
 from realm.gateway.quotas import TenantUse
@@ -20,16 +20,29 @@ from realm.settings import GatewayLimits
 SMALL_CHUNK = 16 << 10
 """A chunk of fewer bytes costs more to handle than to send, so it counts as a call."""
 
+Kind = Literal["module", "adapter"]
+
+
+def check_hash(found: str, announced: str) -> None:
+    """Raises RealmError ``upload_hash_mismatch``."""
+    if found != announced:
+        raise RealmError(
+            "upload_hash_mismatch",
+            "the content that came has another SHA-256 than announced: upload it again",
+            details={"announced": announced, "received": found},
+        )
+
 
 @dataclass(slots=True)
 class Upload:
-    """Bytes of one module, expected in order.
+    """Bytes of one module or adapter, expected in order.
 
     Attributes:
         number: what frames call it; of one connection, never reused.
+        kind, config: what it will be; an adapter's ``adapter_config.json``.
         stored: the tenant has this content already: there is nothing to send.
         received: bytes that have come.
-        committing: ``modules.commit`` has begun: nothing more may come.
+        committing: the commit has begun: nothing more may come.
     """
 
     number: int
@@ -39,6 +52,8 @@ class Upload:
     stored: bool = False
     received: int = 0
     committing: bool = False
+    kind: Kind = "module"
+    config: bytes = b""
 
     def check(self, offset: int, size: int, chunk_bytes: int) -> None:
         """Whether a chunk may come now; after an error the client may go on.
@@ -105,7 +120,9 @@ class Uploads:
     _next: int = 1
     _closed: bool = False
 
-    def begin(self, name: str, size: int, sha256: str, *, stored: bool) -> Upload:
+    def begin(
+        self, name: str, size: int, sha256: str, *, stored: bool, kind: Kind = "module", config: bytes = b""
+    ) -> Upload:
         """The size is checked by the caller. Raises RealmError ``rate_limited`` (the tenant's ``uploads``)."""
         if self._closed:
             # A call that was still on its way when the connection went: nobody would end this upload.
@@ -117,7 +134,7 @@ class Uploads:
         except OSError:
             self.use.end_upload()
             raise
-        upload = Upload(self._next, name, size, sha256, stored, size if stored else 0)
+        upload = Upload(self._next, name, size, sha256, stored, size if stored else 0, kind=kind, config=config)
         self._slots[upload.number] = _Slot(upload, path, file, self.clock())
         self._next += 1
         return upload
@@ -143,14 +160,15 @@ class Uploads:
             slot.file.write(data)
         return upload.received
 
-    def take(self, number: int) -> tuple[Upload, Path | None]:
+    def take(self, number: int, kind: Kind = "module") -> tuple[Upload, Path | None]:
         """Begin the commit: the upload and its whole file (None if stored), which :meth:`end` deletes.
 
         Raises:
-            RealmError: see :meth:`Upload.begin_commit`; the upload goes on.
+            RealmError: ``upload_not_found``, also for one of the other kind, or see :meth:`Upload.begin_commit`;
+                the upload goes on.
             OSError: the file could not be written; the upload has ended.
         """
-        slot = self._slot(number)
+        slot = self._slot(number, kind)
         slot.upload.begin_commit()
         if slot.file is not None:
             try:
@@ -185,9 +203,9 @@ class Uploads:
                 ended.append((number, RealmError("upload_idle", message, details={"received": received})))
         return ended
 
-    def abort(self, number: int) -> None:
+    def abort(self, number: int, kind: Kind = "module") -> None:
         """Give one up. Raises RealmError ``upload_not_found``, or ``upload_out_of_order`` in its commit."""
-        slot = self._slot(number)
+        slot = self._slot(number, kind)
         if slot.upload.committing:
             raise RealmError("upload_out_of_order", "the upload is being committed", details={"upload": number})
         self.end(number)
@@ -202,8 +220,15 @@ class Uploads:
     def __len__(self) -> int:
         return len(self._slots)
 
-    def _slot(self, number: int) -> _Slot:
+    def _slot(self, number: int, kind: Kind | None = None) -> _Slot:
         slot = self._slots.get(number)
         if slot is None:
             raise RealmError("upload_not_found", f"this connection has no upload {number}", details={"upload": number})
+        if kind not in (None, slot.upload.kind):
+            there = slot.upload.kind
+            raise RealmError(
+                "upload_not_found",
+                f"upload {number} is of the {there} {slot.upload.name!r}: there are {there}s.commit and {there}s.abort",
+                details={"upload": number, "kind": there},
+            )
         return slot

@@ -85,11 +85,11 @@ ERROR_DOCS: dict[ErrorCode, str] = {
     ErrorCode.NOT_SUPPORTED: "this engine does not support the function",
     ErrorCode.CONTEXT_FULL: "the sequence would be longer than the model's context",
     ErrorCode.LIMIT: "a limit of the run or tenant is met (the run's log names it)",
-    ErrorCode.NOT_FOUND: "no such name or key",
+    ErrorCode.NOT_FOUND: "no such name or key, or the adapter cannot be loaded",
     ErrorCode.NO_LOGITS: "the sequence has no logits: call forward without sampling, or with KEEP_LOGITS",
     ErrorCode.TIMED_OUT: "the time given has passed",
     ErrorCode.CLOSED: "the client has gone or the run is ending",
-    ErrorCode.OUT_OF_MEMORY: "the sequence alone needs more KV pages than the engine has",
+    ErrorCode.OUT_OF_MEMORY: "the sequence alone needs more KV pages, or its adapter more memory, than the engine has",
     ErrorCode.BAD_UTF8: "text is not valid UTF-8",
     ErrorCode.INTERNAL: "the host failed; its log has the cause under the correlation id in the run's log",
 }
@@ -222,7 +222,7 @@ FUNCTIONS: tuple[Function, ...] = (
         ),
         "the drawn token, or 0 without sampling",
         suspends=True,
-        errors=(_E.CONTEXT_FULL, _E.LIMIT, _E.OUT_OF_MEMORY, _E.INTERNAL),
+        errors=(_E.CONTEXT_FULL, _E.LIMIT, _E.NOT_FOUND, _E.OUT_OF_MEMORY, _E.INTERNAL),
     ),
     Function(
         "batch_forward",
@@ -236,11 +236,16 @@ FUNCTIONS: tuple[Function, ...] = (
     Function(
         "lora_apply",
         "model",
-        "From now on the sequence computes with this adapter, as if from its first token; empty removes it.",
-        (Handle("seq"), Input("name", "u8", "adapter name", low=0, high=128, utf8=True)),
+        "From now on the sequence computes with this LoRA adapter, as if from its first token; empty removes it. "
+        "Its tokens stay, and its next forward computes them anew; its kept logits go. Waits until the adapter is in "
+        "memory. After an error the sequence is as it was.",
+        (
+            Handle("seq"),
+            Input("name", "u8", "of this tenant's adapters, else of the shared ones", low=0, high=128, utf8=True),
+        ),
         "0",
         suspends=True,
-        errors=(_E.NOT_SUPPORTED, _E.NOT_FOUND),
+        errors=(_E.NOT_SUPPORTED, _E.NOT_FOUND, _E.LIMIT, _E.OUT_OF_MEMORY, _E.INTERNAL),
     ),
     Function(
         "speculative_step",
@@ -301,7 +306,7 @@ FUNCTIONS: tuple[Function, ...] = (
     Function(
         "seq_fork",
         "sequences",
-        "A copy that shares what is computed so far (copy-on-write; kept logits too).",
+        "A copy that shares what is computed so far (copy-on-write; kept logits and adapter too).",
         (Handle("seq"),),
         "the copy's handle",
         errors=(_E.LIMIT,),
@@ -318,7 +323,7 @@ FUNCTIONS: tuple[Function, ...] = (
     Function(
         "seq_save",
         "sequences",
-        "Keep a copy under a name of this tenant, for later runs (until the engine restarts).",
+        "Keep a copy under a name of this tenant, for later runs (until the engine restarts). It has the same adapter.",
         (Handle("seq"), Input("name", "u8", "any text", **_NAME)),  # type: ignore[arg-type]
         "its length in tokens",
         suspends=True,

@@ -1,4 +1,4 @@
-"""Host functions on the model and on sequences: forward, fork, truncate, save."""
+"""Host functions on the model and on sequences: forward, adapters, fork, truncate, save."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from realm.guests.sequences import GuestSequence
 from realm.messages import (
     CONTINUE,
     NO_LANE,
+    ApplyAdapter,
     CallDone,
     CallFailed,
     EngineResult,
@@ -63,8 +64,10 @@ class ModelCalls:
         run.op(Forward(run.call(answer), seq.id, tokens, params, keep))
         return None
 
-    def lora_apply(self, run: GuestRun, seq: GuestSequence, name: str) -> int:
-        raise Refused(ErrorCode.NOT_SUPPORTED, "this engine has no adapters")
+    def lora_apply(self, run: GuestRun, seq: GuestSequence, name: str) -> None:
+        # Whatever comes of it, its next forward is a message.
+        seq.lane = -1
+        run.op(ApplyAdapter(run.call(_Applied(run, seq)), seq.id, name))
 
     def speculative_step(self, run: GuestRun, seq: GuestSequence, params: bytes, out: Room) -> int:
         source, _length, tokens_at, count, flags, sampling_at, *_ = _SPECULATION.unpack(params)
@@ -259,6 +262,19 @@ class ForwardAnswer(Completion):
         if self.out:
             run.memory.pack(_TOKEN, self.out, token, logprob, seq.length, flags)
         return token
+
+
+class _Applied(Completion):
+    __slots__ = ("_run", "_seq")
+
+    def __init__(self, run: GuestRun, seq: GuestSequence) -> None:
+        self._run, self._seq = run, seq
+
+    def done(self, result: EngineResult) -> int:
+        if not isinstance(result, CallDone):
+            return _failed(self._run, "lora_apply", result)
+        self._seq.change_model()
+        return 0
 
 
 class _Saved(Completion):

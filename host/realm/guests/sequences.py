@@ -70,6 +70,11 @@ class GuestSequence:
         self.logits = None
         self.sampled = self.lane = -1
 
+    def change_model(self) -> None:
+        """Its tokens stay; what another model gave for them goes: kept logits and the drawn token."""
+        self.logits = self.going = None
+        self.sampled = self.lane = -1
+
     def fork(self, id: int, seed: int, ordinal: int) -> GuestSequence:
         """A copy with its own draws. Tokens and logits are shared, not copied."""
         if self._tail:

@@ -30,6 +30,17 @@ class Attention(Protocol):
         ...
 
 
+class Adapters(Protocol):
+    """Low-rank adapters of some of a step's rows (Hu et al. 2021)."""
+
+    def add(self, layer: int, group: str, x: Tensor, y: Tensor) -> None:
+        """Add to ``y`` [n, out] what the rows' adapters make of ``x`` [n, in]; other rows stay as they are.
+
+        ``y`` is what the field ``group`` of :class:`Layer` gave for ``x``.
+        """
+        ...
+
+
 class Linear:
     """``x @ weight.T + bias`` for a weight [out, in] that never changes.
 
@@ -143,11 +154,19 @@ class LlamaModel:
             down=stacked("mlp", "down_proj"),
         )
 
-    def hidden(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+    def hidden(
+        self, tokens: Tensor, positions: Tensor, attention: Attention, adapters: Adapters | None = None
+    ) -> Tensor:
         """Residual stream after the last layer, before the final norm: [n, hidden_size].
 
         ``tokens`` and ``positions`` are int64 [n]; positions are below ``context_length``.
         """
+
+        def adapted(number: int, group: str, x: Tensor, y: Tensor) -> Tensor:
+            if adapters is not None:
+                adapters.add(number, group, x, y)
+            return y
+
         config = self.config
         heads, rotated, dim = config.heads, config.heads + config.kv_heads, config.head_dim
         half, hidden, eps = dim // 2, (config.hidden_size,), config.norm_eps
@@ -155,14 +174,17 @@ class LlamaModel:
         x = self.embedding[tokens]
         count = x.shape[0]
         for number, layer in enumerate(self.layers):
-            qkv = layer.qkv(F.rms_norm(x, hidden, layer.input_norm, eps)).view(count, -1, dim)
+            normed = F.rms_norm(x, hidden, layer.input_norm, eps)
+            qkv = adapted(number, "qkv", normed, layer.qkv(normed)).view(count, -1, dim)
             qk = qkv[:, :rotated]
             turned = torch.cat((-qk[..., half:], qk[..., :half]), dim=-1)
             qk = torch.addcmul(qk * cos, turned, sin)
             attended = attention(number, qk[:, :heads], qk[:, heads:], qkv[:, rotated:])
-            x = x + layer.output(attended)
-            gate, up = layer.gate_up(F.rms_norm(x, hidden, layer.post_norm, eps)).chunk(2, dim=-1)
-            x = x + layer.down(F.silu(gate) * up)
+            x = x + adapted(number, "output", attended, layer.output(attended))
+            normed = F.rms_norm(x, hidden, layer.post_norm, eps)
+            gate, up = adapted(number, "gate_up", normed, layer.gate_up(normed)).chunk(2, dim=-1)
+            active = F.silu(gate) * up
+            x = x + adapted(number, "down", active, layer.down(active))
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:

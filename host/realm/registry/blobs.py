@@ -54,13 +54,15 @@ class BlobStore:
         return self._incoming / secrets.token_hex(16)
 
     def adopt(self, file: Path, sha256: str) -> None:
-        """Turn a file, already synced and hashed, into a blob. Atomic; ``file`` is gone afterwards."""
+        """Turn a file, already synced and hashed, into a blob. Atomic; ``file`` is gone afterwards.
+
+        One that is there already is replaced by its like, so that how long it takes tells nobody of it.
+        """
         target = self.path(sha256)
-        if target.exists():
-            file.unlink()
-            return
         target.parent.mkdir(mode=0o700, exist_ok=True)
         file.replace(target)
+        # Nothing was done if both were names of one file.
+        file.unlink(missing_ok=True)
         sync_folder(target.parent)
         sync_folder(self._blobs)
 

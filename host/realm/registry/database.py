@@ -1,4 +1,4 @@
-"""Tenants, keys, modules, runs and the guests' key-value store, in one SQLite file.
+"""Tenants, keys, modules, adapters, runs and the guests' key-value store, in one SQLite file.
 
 :class:`Database` is synchronous and belongs to one thread (:mod:`realm.registry.thread`). Its
 methods are run inside a transaction that the caller owns, so that many can share one commit; what
@@ -22,6 +22,7 @@ import msgspec
 
 from realm.errors import RealmError
 from realm.limits import TenantLimits, effective, over_limit
+from realm.registry.adapters import Adapters
 from realm.registry.blobs import BlobStore
 from realm.registry.bounds import encode_log, fit_error
 from realm.registry.records import (
@@ -52,7 +53,10 @@ def hash_key(key: str) -> bytes:
 
 
 class Database:
-    """The registry's tables. See the module's docstring for threads and transactions."""
+    """The registry's tables. See the module's docstring for threads and transactions.
+
+    ``adapters`` has those of adapters, in the same transactions.
+    """
 
     def __init__(self, path: Path, blobs: BlobStore, *, clock: Callable[[], float] = time.time) -> None:
         """Opens or creates the file.
@@ -76,6 +80,7 @@ class Database:
         except BaseException:
             connection.close()
             raise
+        self.adapters = Adapters(connection, blobs, clock, self._forget_content)
 
     def close(self) -> None:
         self.connection.close()
@@ -97,7 +102,9 @@ class Database:
             "UPDATE runs SET status = 'error', finished = ?, error = ? WHERE status = 'running'",
             (self._clock(), msgspec.json.encode(error).decode()),
         )
-        self._blobs.sweep({sha for (sha,) in self.connection.execute("SELECT DISTINCT sha256 FROM versions")})
+        self._blobs.sweep(
+            {sha for (sha,) in self.connection.execute("SELECT sha256 FROM versions UNION SELECT sha256 FROM adapters")}
+        )
         return cursor.rowcount
 
     def ensure_admin(self) -> NewKey | None:
@@ -193,7 +200,7 @@ class Database:
         (size,) = self._row(
             "SELECT coalesce(sum(size), 0) FROM (SELECT DISTINCT sha256, size FROM versions WHERE tenant = ?)", tenant
         )
-        return Stored(versions, size, row[0])
+        return Stored(versions, size, row[0], *self.adapters.stored(tenant))
 
     # --- keys -----------------------------------------------------------------------------------
 
@@ -340,11 +347,18 @@ class Database:
         self.connection.execute("DELETE FROM modules WHERE tenant = ? AND name = ?", (tenant, name))
         self.connection.execute("DELETE FROM versions WHERE tenant = ? AND name = ?", (tenant, name))
         for sha in contents:
-            self.after_commit.append(partial(self._remove_unused, sha))
+            self._forget_content(sha)
+
+    # --- contents -------------------------------------------------------------------------------
+
+    def _forget_content(self, sha256: str) -> None:
+        """One thing less refers to this content: delete it, if nothing else does, module or adapter, of any tenant."""
+        self.after_commit.append(partial(self._remove_unused, sha256))
 
     def _remove_unused(self, sha256: str) -> None:
         # Asked again after the commit: another operation of the same commit may have taken the content.
-        if not self._row("SELECT 1 FROM versions WHERE sha256 = ? LIMIT 1", sha256):
+        used = "SELECT 1 FROM versions WHERE sha256 = ?1 UNION ALL SELECT 1 FROM adapters WHERE sha256 = ?1 LIMIT 1"
+        if not self._row(used, sha256):
             self._blobs.remove(sha256)
 
     # --- runs -----------------------------------------------------------------------------------

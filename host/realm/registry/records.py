@@ -24,11 +24,17 @@ class TenantRecord(msgspec.Struct, frozen=True, gc=False):
 
 
 class Stored(msgspec.Struct, frozen=True, gc=False):
-    """What a tenant keeps: versions of modules, the bytes of their contents, the bytes of the guests' store."""
+    """What a tenant keeps: versions of modules, the bytes of their contents, the bytes of the guests' store.
+
+    The same of adapters: names, the bytes of their contents, and how many are pinned.
+    """
 
     modules: int
     module_bytes: int
     store_bytes: int
+    adapters: int = 0
+    adapter_bytes: int = 0
+    pinned: int = 0
 
 
 class KeyRecord(msgspec.Struct, frozen=True, gc=False):
@@ -56,6 +62,37 @@ class ModuleRecord(msgspec.Struct, frozen=True, gc=False):
     size: int
     version: int
     created: float
+
+
+class AdapterContent(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """What an adapter is.
+
+    Attributes:
+        sha256, size: of its safetensors file; in hex, in bytes.
+        model: name of the model that it was checked against.
+        config: its ``adapter_config.json``, as uploaded.
+        rank: the largest one. targets: short names of the layers that it changes. parameters: how many.
+    """
+
+    sha256: str
+    size: int
+    model: str
+    config: bytes
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    parameters: int
+
+
+class AdapterRecord(AdapterContent, frozen=True, kw_only=True, gc=False):
+    """What a tenant's name stands for now. ``shared``: also for tenants that have none of that name."""
+
+    tenant: str
+    name: str
+    version: int
+    created: float
+    pinned: bool
+    shared: bool
 
 
 class RunRecord(msgspec.Struct, gc=False):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from realm.errors import RealmError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 PART_BYTES = 4
 """So much of a key's hash is indexed: enough to find it, too little to tell it."""
 ENTRY_BYTES = 64
@@ -31,6 +31,27 @@ CREATE INDEX keys_by_part ON keys (part);
 _SETTINGS = """
 CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID;
 INSERT INTO settings (name, value) VALUES ('limits', '{}');
+"""
+# The configuration is last: lists that leave it out do not read it.
+_ADAPTERS = """
+CREATE TABLE adapters (
+    tenant TEXT NOT NULL REFERENCES tenants (name),
+    name TEXT NOT NULL,
+    version INTEGER NOT NULL,
+    created REAL NOT NULL,
+    pinned INTEGER NOT NULL,
+    shared INTEGER NOT NULL,
+    sha256 TEXT NOT NULL,
+    size INTEGER NOT NULL,
+    model TEXT NOT NULL,
+    rank INTEGER NOT NULL,
+    alpha REAL NOT NULL,
+    targets TEXT NOT NULL,
+    parameters INTEGER NOT NULL,
+    config BLOB NOT NULL,
+    PRIMARY KEY (tenant, name)
+) STRICT;
+CREATE INDEX adapters_by_content ON adapters (sha256, tenant);
 """
 _SCHEMA = f"""
 CREATE TABLE tenants (
@@ -83,6 +104,7 @@ CREATE TABLE store (
 CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT, WITHOUT ROWID;
 INSERT INTO counters (name, value) VALUES ('run', 0);
 {_SETTINGS}
+{_ADAPTERS}
 """
 
 # length() of a text counts characters, and stops at a NUL.
@@ -99,7 +121,7 @@ UPDATE tenants SET store_bytes = coalesce(
 );
 """
 
-_STEPS = {0: (_SCHEMA, SCHEMA_VERSION), 1: (_TO_2, 2)}
+_STEPS = {0: (_SCHEMA, SCHEMA_VERSION), 1: (_TO_2, 2), 2: (_ADAPTERS, 3)}
 """By the version that is found: what to do, and the version after it."""
 
 

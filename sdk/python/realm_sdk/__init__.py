@@ -1,7 +1,9 @@
 """Python client of Realm: run your own guests next to the model, over one WebSocket."""
 
+from realm_sdk.adapters import Adapters
 from realm_sdk.client import Client
 from realm_sdk.errors import (
+    AdapterRefused,
     AuthenticationError,
     ConnectionLost,
     GuestFailed,
@@ -17,6 +19,7 @@ from realm_sdk.errors import (
     WaitTimeout,
 )
 from realm_sdk.events import (
+    Adapter,
     Event,
     Finished,
     Function,
@@ -43,11 +46,14 @@ from realm_sdk.events import (
     Waiting,
 )
 from realm_sdk.runs import Run, TextStream
-from realm_sdk.sync import SyncClient, SyncRun, SyncTextStream
+from realm_sdk.sync import SyncAdapters, SyncClient, SyncRun, SyncTextStream
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Adapter",
+    "AdapterRefused",
+    "Adapters",
     "AuthenticationError",
     "Client",
     "ConnectionLost",
@@ -81,6 +87,7 @@ __all__ = [
     "RunInfo",
     "RunLog",
     "Started",
+    "SyncAdapters",
     "SyncClient",
     "SyncRun",
     "SyncTextStream",

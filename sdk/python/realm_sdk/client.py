@@ -13,6 +13,7 @@ import msgspec
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
 
+from realm_sdk.adapters import Adapters
 from realm_sdk.calls import MAX_BUFFERED, Call
 from realm_sdk.errors import ConnectionLost, ProtocolError, RealmError
 from realm_sdk.events import (
@@ -32,7 +33,7 @@ from realm_sdk.events import (
 from realm_sdk.protocol import Ack, Done, Failed, Item, NeedAuth, Opened, Protocol, ServerEvent, UploadFailed
 from realm_sdk.reasons import closed, not_connected
 from realm_sdk.runs import Run, TextStream
-from realm_sdk.upload import Progress, Source, UploadState, push
+from realm_sdk.upload import Progress, Source, UploadState, open_source, store
 
 MAX_FRAME = 64 << 20
 """Largest frame taken, in bytes: a run's whole output (16 MiB by default), escaped as JSON."""
@@ -114,6 +115,12 @@ class Client:
         self._posts: set[asyncio.Task[None]] = set()
         self._tenant = ""
         self._version = ""
+        self._adapters = Adapters(self, wait_timeout)
+
+    @property
+    def adapters(self) -> Adapters:
+        """The tenant's LoRA adapters, and those shared with it."""
+        return self._adapters
 
     @property
     def tenant(self) -> str:
@@ -357,8 +364,8 @@ class Client:
             prompt: a text (a user's message, where the model has a chat template), or messages
                 (``[{"role": …, "content": …}]``).
             wait_timeout: seconds to wait; None waits as long as it takes.
-            params: ``model``, ``max_tokens``, ``temperature``, ``top_p``, ``top_k``, ``min_p``,
-                ``repetition_penalty``, ``seed``, ``stop``.
+            params: ``model``, ``adapter`` (the name of one; None is the model alone), ``max_tokens``,
+                ``temperature``, ``top_p``, ``top_k``, ``min_p``, ``repetition_penalty``, ``seed``, ``stop``.
         """
         call = self.open_call("generate")
         try:
@@ -403,7 +410,8 @@ class Client:
         The server checks the hash, checks and compiles the module, and only then replaces the name. Content that
         this tenant has stored before is not sent again. ``progress(done, total)`` is called as bytes arrive.
         """
-        return await push(self, name, source, progress, self._wait)
+        with await asyncio.to_thread(open_source, source) as file:
+            return await store(self, "modules", file, {"name": name}, Module, progress, self._wait)
 
     async def modules(self) -> list[Module]:
         """The tenant's modules."""

@@ -46,7 +46,7 @@ class PermissionDenied(RealmError):
 
 
 class NotFound(RealmError):
-    """A module, model, run, upload, tenant or key that does not exist (for this tenant)."""
+    """A module, adapter, model, run, upload, tenant or key that does not exist (for this tenant)."""
 
 
 class InvalidRequest(RealmError):
@@ -55,6 +55,10 @@ class InvalidRequest(RealmError):
 
 class ModuleRefused(RealmError):
     """An upload or its content was refused; ``details`` say what."""
+
+
+class AdapterRefused(RealmError):
+    """An adapter was refused; ``details`` name the ``file``, the ``field`` of its configuration or the ``tensor``."""
 
 
 class GuestFailed(RealmError):
@@ -117,6 +121,8 @@ def _class_of(code: str) -> type[RealmError]:
         return GuestFailed
     if code.startswith(("module_", "upload_")) or code == "compile_limit":
         return ModuleRefused
+    if code in ("adapter_invalid", "adapter_too_large"):
+        return AdapterRefused
     return RealmError
 
 

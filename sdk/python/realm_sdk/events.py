@@ -171,6 +171,43 @@ class Module(msgspec.Struct, frozen=True):
     imports: list[str] = []
 
 
+class Adapter(msgspec.Struct, frozen=True):
+    """A LoRA adapter that this tenant may use.
+
+    Attributes:
+        model: the model it was made for.
+        sha256, size: of its weights' file; size in bytes. version: counts what was stored under this name.
+        created: seconds since 1970.
+        rank: the largest of its modules'. alpha: scales it, as ``lora_alpha`` in PEFT.
+        targets: what it adapts, such as ``q_proj``. parameters: numbers in it.
+        pinned: the engine keeps it ready, as far as there is room.
+        shared: an operator shares it with all tenants. own: it belongs to this tenant.
+        state: ``registered`` (on disk), ``loading``, ``cached`` (in the engine's memory), ``resident`` (ready for the
+            next step) or ``failed`` (then ``error`` says why); None while the engine restarts, and of an adapter for
+            a model that is not served.
+        sequences: how many have it now. loads: how often it was read from disk. Both None where ``state`` is, and
+            of other tenants' adapters.
+    """
+
+    name: str
+    model: str = ""
+    sha256: str = ""
+    size: int = 0
+    version: int = 0
+    created: float = 0.0
+    rank: int = 0
+    alpha: float = 0.0
+    targets: list[str] = []
+    parameters: int = 0
+    pinned: bool = False
+    shared: bool = False
+    own: bool = True
+    state: str | None = None
+    sequences: int | None = None
+    loads: int | None = None
+    error: str | None = None
+
+
 class Model(msgspec.Struct, frozen=True):
     """A model on the server; ``served`` says that the engine has it loaded."""
 

@@ -9,8 +9,10 @@ from ssl import SSLContext
 from types import TracebackType
 from typing import Any, TypeVar
 
+from realm_sdk.adapters import Adapters, Folder
 from realm_sdk.client import Client
 from realm_sdk.events import (
+    Adapter,
     Event,
     Generation,
     Health,
@@ -150,6 +152,46 @@ class SyncTextStream:
         return self._loop.wait(self._stream.cancel())
 
 
+class SyncAdapters:
+    """:class:`realm_sdk.Adapters` for code without ``async``."""
+
+    def __init__(self, loop: _Loop, adapters: Adapters) -> None:
+        self._loop = loop
+        self._adapters = adapters
+
+    def add(self, name: str, source: Folder, *, model: str | None = None, progress: Progress | None = None) -> Adapter:
+        """See :meth:`realm_sdk.Adapters.add`. ``progress`` is called in the client's own thread."""
+        return self._loop.wait(self._adapters.add(name, source, model=model, progress=progress))
+
+    def list(self) -> list[Adapter]:
+        """The tenant's adapters, and those shared with it."""
+        return self._loop.wait(self._adapters.list())
+
+    def show(self, name: str) -> Adapter:
+        """One adapter."""
+        return self._loop.wait(self._adapters.show(name))
+
+    def pin(self, name: str) -> Adapter:
+        """See :meth:`realm_sdk.Adapters.pin`."""
+        return self._loop.wait(self._adapters.pin(name))
+
+    def unpin(self, name: str) -> Adapter:
+        """Let the engine unload it again when others need the room."""
+        return self._loop.wait(self._adapters.unpin(name))
+
+    def share(self, name: str) -> Adapter:
+        """See :meth:`realm_sdk.Adapters.share`."""
+        return self._loop.wait(self._adapters.share(name))
+
+    def unshare(self, name: str) -> Adapter:
+        """See :meth:`realm_sdk.Adapters.unshare`."""
+        return self._loop.wait(self._adapters.unshare(name))
+
+    def remove(self, name: str) -> None:
+        """Remove one of the tenant's adapters."""
+        self._loop.wait(self._adapters.remove(name))
+
+
 class SyncClient:
     """:class:`realm_sdk.Client` for code without ``async``; methods block. Threads may share it.
 
@@ -215,6 +257,11 @@ class SyncClient:
     def server_version(self) -> str:
         """The server's version."""
         return self._client.server_version
+
+    @property
+    def adapters(self) -> SyncAdapters:
+        """The tenant's LoRA adapters, and those shared with it."""
+        return SyncAdapters(self._loop, self._client.adapters)
 
     def run(
         self,

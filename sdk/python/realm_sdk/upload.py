@@ -1,18 +1,18 @@
-"""Pushing a module: hash, begin, chunks with a window, commit."""
+"""Uploads: hash, begin, chunks with a window, commit. The same for modules and adapters."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import io
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import msgspec
 
-from realm_sdk.errors import ProtocolError, RealmError, WaitTimeout
-from realm_sdk.events import Module
+from realm_sdk.errors import ProtocolError, RealmError, WaitTimeout, error_of
 from realm_sdk.protocol import CHUNK_SIZE, Protocol
 
 if TYPE_CHECKING:
@@ -21,13 +21,18 @@ if TYPE_CHECKING:
 WINDOW = 8
 """Chunks sent and not yet acknowledged: 2 MiB, which fills a link of 100 Mbit/s at 160 ms."""
 
+PIECE = WINDOW * CHUNK_SIZE
+"""Bytes read from a file at a time: it is never in memory as a whole."""
+
 Source = bytes | str | os.PathLike[str]
 Progress = Callable[[int, int], object]
 """Called with (bytes the server has, all bytes) after each acknowledgement."""
 
+T = TypeVar("T")
+
 
 class Begun(msgspec.Struct):
-    """Data of ``modules.begin``."""
+    """Data of ``modules.begin`` and ``adapters.begin``."""
 
     upload: int
     received: int = 0
@@ -66,43 +71,78 @@ class UploadState:
             raise self._error
 
 
-def _load(source: Source) -> tuple[bytes, str]:
-    data = source if isinstance(source, bytes) else Path(source).read_bytes()
-    return data, hashlib.sha256(data).hexdigest()
+def open_source(source: Source) -> BinaryIO:
+    """A file to read ``source`` from."""
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    path = Path(source)
+    # What is no regular file, such as a pipe, may be read once only, and the content is needed twice.
+    return path.open("rb") if path.is_file() else io.BytesIO(path.read_bytes())
 
 
-async def push(client: Client, name: str, source: Source, progress: Progress | None, wait: float | None) -> Module:
-    """Store ``source`` under ``name``; content that the server already has is not sent again."""
-    # Reading and hashing may take a while and must not stall the connection's other calls.
-    data, sha256 = await asyncio.to_thread(_load, source)
-    params = {"name": name, "size": len(data), "sha256": sha256}
-    begun = await client.call("modules.begin", params, Begun)
+def _digest(file: BinaryIO) -> tuple[int, str]:
+    """How many bytes a file has, and their SHA-256 in hex."""
+    digest, size = hashlib.sha256(), 0
+    while piece := file.read(PIECE):
+        digest.update(piece)
+        size += len(piece)
+    return size, digest.hexdigest()
+
+
+async def store(
+    client: Client,
+    kind: str,
+    file: BinaryIO,
+    params: dict[str, Any],
+    result: type[T],
+    progress: Progress | None,
+    wait: float | None,
+) -> T:
+    """Send ``file`` with ``KIND.begin``, chunks and ``KIND.commit``; what the latter gives.
+
+    Content that the server already has is not sent again. ``params`` are added to those of ``KIND.begin``; ``wait``
+    bounds each wait but that for the commit. The file is left open. A failure of any sort aborts the upload.
+    """
+    # Reading may take a while and must not stall the connection's other calls.
+    size, sha256 = await asyncio.to_thread(_digest, file)
+    begun = await client.call_within(wait, f"{kind}.begin", {**params, "size": size, "sha256": sha256}, Begun)
     try:
         if not begun.exists:
-            await _send(client, begun, data, progress, wait)
+            await _send(client, begun, file, size, progress, wait)
         elif progress is not None:
-            progress(len(data), len(data))
-        return await client.call_within(None, "modules.commit", {"upload": begun.upload}, Module)
+            progress(size, size)
+        return await client.call_within(None, f"{kind}.commit", {"upload": begun.upload}, result)
     except BaseException:
         # An upload that nobody will finish would be kept until the connection ends.
-        client.post("modules.abort", {"upload": begun.upload})
+        client.post(f"{kind}.abort", {"upload": begun.upload})
         raise
 
 
-async def _send(client: Client, begun: Begun, data: bytes, progress: Progress | None, wait: float | None) -> None:
-    if not 0 <= begun.received <= len(data):
-        raise ProtocolError("protocol_error", f"the server claims {begun.received} of {len(data)} bytes")
-    view = memoryview(data)
-    state = UploadState(begun.received)
+async def _send(
+    client: Client, begun: Begun, file: BinaryIO, size: int, progress: Progress | None, wait: float | None
+) -> None:
+    offset = begun.received
+    if not 0 <= offset <= size:
+        raise ProtocolError("protocol_error", f"the server claims {offset} of {size} bytes")
+    state = UploadState(offset)
     with client.uploading(begun.upload, state):
-        offset = begun.received
-        while offset < len(data):
-            chunk = view[offset : offset + CHUNK_SIZE]
-            await state.until(offset + len(chunk) - WINDOW * CHUNK_SIZE, wait)
-            if progress is not None:
-                progress(state.received, len(data))
-            await client.send_frame(Protocol.chunk(begun.upload, offset, chunk))
-            offset += len(chunk)
-        await state.until(len(data), wait)
+        while offset < size:
+            piece = memoryview(await asyncio.to_thread(_read, file, offset, min(PIECE, size - offset)))
+            if not piece:
+                text = f"the file had {size} bytes and now ends after {offset}: it was changed while it was sent"
+                raise error_of("upload_size", text)
+            for start in range(0, len(piece), CHUNK_SIZE):
+                chunk = piece[start : start + CHUNK_SIZE]
+                await state.until(offset + len(chunk) - WINDOW * CHUNK_SIZE, wait)
+                if progress is not None:
+                    progress(state.received, size)
+                await client.send_frame(Protocol.chunk(begun.upload, offset, chunk))
+                offset += len(chunk)
+        await state.until(size, wait)
         if progress is not None:
-            progress(len(data), len(data))
+            progress(size, size)
+
+
+def _read(file: BinaryIO, offset: int, count: int) -> bytes:
+    file.seek(offset)
+    return file.read(count)

@@ -29,6 +29,10 @@ from realm.messages import (
     CONTINUE,
     DRAWN,
     NO_LANE,
+    AdapterFile,
+    AdapterGone,
+    AdaptersRequest,
+    ApplyAdapter,
     EndRun,
     EngineOp,
     EngineReady,
@@ -146,7 +150,7 @@ def operation(random: Random, worker: int, may_save: bool) -> EngineOp:
     a, b = base + random.randrange(5), base + random.randrange(5)
     if random.random() < 0.1:
         a = random.choice(EDGES)
-    match random.randrange(12):
+    match random.randrange(13):
         case 0 | 1 | 2:
             return OpenSequence(a, text(random), random.randrange(4))
         case 3:
@@ -161,8 +165,22 @@ def operation(random: Random, worker: int, may_save: bool) -> EngineOp:
             return OpenSaved(integer(random), a, text(random), integer(random), text(random))
         case 8:
             return EndRun(random.randrange(4))
+        case 9:
+            return ApplyAdapter(integer(random), a, text(random))
         case _:
             return Forward(integer(random), a, tokens(random), params(random), random.random() < 0.3)
+
+
+def for_the_gateway_only(random: Random) -> list[Any]:
+    """What only the gateway may say. Adapters would be for the good worker's tenant, and for all."""
+    path, config = random.choice(["", "/dev/zero", "/proc/self/mem"]), random.choice([b"", b"{}", random.randbytes(9)])
+    return [
+        StatsRequest(integer(random)),
+        WorkerLost(GOOD_WORKER),
+        AdapterFile(random.choice(["", "canary"]), text(random), path, "0" * 64, config, True),
+        AdapterGone(random.choice(["", "canary"]), text(random)),
+        AdaptersRequest(integer(random), random.choice(["", "canary"])),
+    ]
 
 
 def to_engine(random: Random, worker: int, may_save: bool = False) -> Any:
@@ -172,7 +190,7 @@ def to_engine(random: Random, worker: int, may_save: bool = False) -> Any:
         case 1:
             return WorkerHello(random.choice([worker, GOOD_WORKER, *EDGES]), integer(random))
         case 2:
-            return random.choice([GatewayHello(1), StatsRequest(integer(random)), WorkerLost(GOOD_WORKER)])
+            return random.choice([GatewayHello(1), *for_the_gateway_only(random)])
         case 3:
             return random.choice([EngineReady("x", 1, 1, 1, 0.0), EngineReply(1, []), Output(1, b"x", 1)])
         case _:

@@ -20,12 +20,16 @@ import torch
 from torch import Tensor
 
 from realm.engine.attention.sdpa import ChunkRows, KvCache, PagedAttention
-from realm.engine.batch import LAST_DRAWN, Draws, Longs, StepBatch, StepResult
+from realm.engine.batch import LAST_DRAWN, Draws, Ints, Longs, StepBatch, StepResult
 from realm.engine.kv_cache import PAGE_SIZE
 from realm.engine.sampling import Drawn, draw_batch, taken
+from realm.engine.segmented import AdapterRows, AdapterSlots, StepAdapters
 from realm.models.llama import LlamaModel
 
 log = logging.getLogger("realm.engine")
+
+ADAPTER_MEMORY = 512 << 20
+"""Bytes that adapters may take where nothing else is said."""
 
 
 @dataclass(slots=True)
@@ -37,6 +41,7 @@ class _Work:
         ahead: rows whose token is the last of the lane in ``ahead_lanes``.
         lengths, tables, chunks: see :class:`PagedAttention`.
         outputs: the row of each output row. lanes: where its token is kept, or -1.
+        adapters: those of the step's rows; the weights stay the step's whatever their slot gets meanwhile.
     """
 
     ids: Longs
@@ -51,9 +56,10 @@ class _Work:
     logits: list[int]
     copies: list[tuple[int, int]]
     fresh: list[int]
+    adapters: AdapterRows
 
 
-def _lay_out(batch: StepBatch) -> _Work:
+def _lay_out(batch: StepBatch, slots: AdapterSlots) -> _Work:
     """Copy what a step needs of the core's arrays and lists."""
     decodes, count = batch.decodes, len(batch.decodes)
     # A chunk of one token is computed like a decoding sequence.
@@ -100,7 +106,16 @@ def _lay_out(batch: StepBatch) -> _Work:
         logits=batch.logits,
         copies=batch.copies,
         fresh=batch.fresh,
+        adapters=[] if batch.adapters is None else slots.of(_row_slots(batch, batch.adapters, order)),
     )
+
+
+def _row_slots(batch: StepBatch, slots: Ints, order: Longs) -> Longs:
+    """The adapter slot of each row as laid out. ``order``: of the decoding rows and then the chunks of one token."""
+    counts = np.array([len(chunk.tokens) for chunk in batch.chunks], np.int64)
+    own, single = slots[len(batch.decodes) :], counts == 1
+    decoding = np.concatenate((slots[: len(batch.decodes)], own[single]))[order]
+    return np.concatenate((decoding, np.repeat(own[~single], counts[~single]))).astype(np.int64)
 
 
 class _Device:
@@ -133,7 +148,11 @@ class _Device:
             self._cache.clear(work.fresh)
         work.ids[work.ahead] = self._last[work.ahead_lanes]
         attention = PagedAttention(self._cache, work.lengths, work.tables, work.chunks, self._model.dtype)
-        hidden = self._model.hidden(torch.from_numpy(work.ids), attention.positions, attention)
+        inputs = (torch.from_numpy(work.ids), attention.positions, attention)
+        if work.adapters:
+            hidden = self._model.hidden(*inputs, StepAdapters(work.adapters, len(work.ids)))
+        else:
+            hidden = self._model.hidden(*inputs)
         drawn, values = Drawn([], [], []), None
         if len(work.outputs):
             logits = self._model.logits(hidden[torch.from_numpy(work.outputs)])
@@ -227,6 +246,7 @@ _Queue = SimpleQueue[_Step | None]
 
 def _compute_all(device: _Device, queue: _Queue, signal: _Signal) -> None:
     """The computing thread. It knows nothing of the runner, which ends it when it is forgotten."""
+    torch.get_num_threads()  # It is settled now, whatever a loading thread sets for itself later.
     while (step := queue.get()) is not None:
         step.compute(device)
         del step  # Else its results would live until the next one.
@@ -243,11 +263,23 @@ def _end(device: _Device, queue: _Queue, thread: threading.Thread) -> None:
 class CpuRunner:
     """A model on the CPU; see :class:`realm.engine.batch.Runner`."""
 
-    def __init__(self, model: LlamaModel, *, pages: int, lanes: int, threaded: bool = False) -> None:
-        """``threaded``: compute in a thread of its own; otherwise :meth:`launch` computes."""
+    def __init__(
+        self,
+        model: LlamaModel,
+        *,
+        pages: int,
+        lanes: int,
+        threaded: bool = False,
+        adapter_memory: int = ADAPTER_MEMORY,
+    ) -> None:
+        """``threaded``: compute in a thread of its own; otherwise :meth:`launch` computes.
+
+        ``adapter_memory``: bytes that adapters may take.
+        """
         self.config = model.config
         self.pages = pages
         self.lanes = lanes
+        self.adapters = AdapterSlots(model.config, model.dtype, adapter_memory)
         self._device = _Device(model, pages, lanes)
         self._signal: _Signal | None = None
         if threaded:
@@ -260,10 +292,10 @@ class CpuRunner:
 
     def launch(self, batch: StepBatch) -> _Step:
         if self._signal is not None and self._end.alive:
-            step = _Step(_lay_out(batch), self._signal)
+            step = _Step(_lay_out(batch, self.adapters), self._signal)
             self._queue.put(step)
         else:
-            step = _Step(_lay_out(batch), None)
+            step = _Step(_lay_out(batch, self.adapters), None)
             step.compute(self._device)
         return step
 

@@ -19,14 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from realm.engine.batch import Chunk, Decodes, Draws, Flags, Floats, StepBatch, StepResult
+from realm.engine.batch import AdapterMemory, Chunk, Decodes, Draws, Flags, Floats, Ints, StepBatch, StepResult
 from realm.engine.kv_cache import PAGE_SIZE
 from realm.engine.memory import is_out_of_memory
+from realm.engine.runners.cuda_adapters import DeviceAdapters
 from realm.engine.runners.cuda_buckets import Variant, most_rows
 from realm.engine.runners.cuda_chunks import ChunkSteps
-from realm.engine.runners.cuda_decode import DecodeAttention, DecodeSteps
+from realm.engine.runners.cuda_decode import DecodeAttention, DecodeSteps, PageTables
 from realm.engine.runners.cuda_draw import OutputRows
 from realm.engine.runners.cuda_kernels import copy_pages, copy_pages_at_once
+from realm.engine.runners.cuda_lora import AdaptedSteps
 from realm.engine.runners.cuda_memory import block_bytes
 from realm.engine.runners.cuda_pass import DevicePass
 from realm.engine.runners.cuda_staging import Block, Results, new_event
@@ -92,6 +94,7 @@ class CudaRunner:
         pages: int,
         lanes: int,
         token_budget: int = 8192,
+        adapter_memory: int = 0,
         progress: Progress | None = None,
     ) -> None:
         """Take the memory, compile the kernels and capture the common graphs.
@@ -100,6 +103,7 @@ class CudaRunner:
             model: on the device.
             pages: KV pages. lanes: see :class:`realm.engine.batch.Runner`; a step has at most half as
                 many output rows. token_budget: most tokens of a step's chunks.
+            adapter_memory: bytes for adapters; 0 does without.
             progress: called with (parts done, parts in all); most of them capture a graph.
 
         Raises:
@@ -118,7 +122,12 @@ class CudaRunner:
         with self._on_stream():
             self._pass = DevicePass(model, pages, lanes, most_rows(token_budget, rows))
             self._outputs = OutputRows(self._pass, rows)
-            size = block_bytes(model.config, token_budget, rows)
+            self._adapters = DeviceAdapters(model.config, model.dtype, device, adapter_memory)
+            self.adapters: AdapterMemory = self._adapters
+            self._lora: AdaptedSteps | None = None
+            if self._adapters.capacity:
+                self._lora = AdaptedSteps(self._adapters, self._pass, token_budget, rows)
+            size = block_bytes(model.config, token_budget, rows, adapters=self._lora is not None)
             buffer = torch.empty(size, dtype=torch.uint8, device=device)
             pinned = device.type == "cuda"
             self._slots = [
@@ -133,9 +142,11 @@ class CudaRunner:
             attention = DecodeAttention(self._pass, rows)
             blocks = [slot.block for slot in self._slots]
             pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-            self._decodes = DecodeSteps(self._pass, self._outputs, attention, rows, blocks, pool)
-            self._chunks = ChunkSteps(self._pass, self._outputs, attention, rows, token_budget, pool)
-            self._tables = (attention.tables, self._chunks.tables)
+            self._decodes = DecodeSteps(self._pass, self._outputs, attention, rows, blocks, pool, self._lora)
+            self._chunks = ChunkSteps(self._pass, self._outputs, attention, rows, token_budget, pool, self._lora)
+            self._tables: list[PageTables | AdaptedSteps] = [attention.tables, self._chunks.tables]
+            if self._lora is not None:
+                self._tables.append(self._lora)
             if device.type == "cuda":
                 self._start(token_budget, progress or _unwatched)
                 torch.cuda.synchronize(device)
@@ -150,6 +161,8 @@ class CudaRunner:
         """Compile every kernel that a step may need, and capture what most steps do."""
         block = self._slots[0].block
         work = [self._pass.load_products, *self._prompts(token_budget), self._chunks.compile_tiles]
+        if self._lora is not None:
+            work.append(self._lora.compile_kernels)
         work += [self._copy_nothing, *self._decodes.first(), *self._chunks.first(block)]
         for done, part in enumerate(work, 1):
             part()
@@ -197,6 +210,7 @@ class CudaRunner:
     def _launch(self, batch: StepBatch) -> CudaStep:
         if batch.outputs > self._rows:
             raise ValueError(f"a step of {batch.outputs} output rows; the runner has {self._rows}")
+        adapters = self._adapters_of(batch)
         slot = self._slots[self._next]
         if slot.step is not None:
             slot.step.wait()
@@ -206,9 +220,9 @@ class CudaRunner:
             tables.reset()
         with self._on_stream():
             if batch.chunks:
-                compute = self._chunks.prepare(slot.block, batch, variant)
+                compute = self._chunks.prepare(slot.block, batch, variant, adapters)
             else:
-                compute = self._decodes.prepare(slot.block, batch.decodes, batch.draws, variant)
+                compute = self._decodes.prepare(slot.block, batch.decodes, batch.draws, variant, adapters)
             before = self._prepare_rare(slot.block, batch)
             rows = self._place_longs(slot.block, batch.logits) if batch.logits else None
             slot.began.record(self._stream)
@@ -223,6 +237,16 @@ class CudaRunner:
             slot.ended.record(self._stream)
         slot.step = CudaStep(slot, batch.draws.logprob, logits)
         return slot.step
+
+    def _adapters_of(self, batch: StepBatch) -> Ints | None:
+        """A step's adapters, checked: what the plan says is where kernels read and write."""
+        adapters = batch.adapters
+        if adapters is None:
+            return None
+        rows, slots = len(batch.decodes) + len(batch.chunks), self.adapters.slots
+        if adapters.shape != (rows,) or (rows and not -1 <= int(adapters.min()) <= int(adapters.max()) < slots):
+            raise ValueError(f"adapters must be {rows} numbers of -1 to {slots - 1}, one for each sequence")
+        return adapters
 
     def _prepare_rare(self, block: Block, batch: StepBatch) -> list[Callable[[], None]]:
         """Write what few steps need to ``block``; returns what has to be done with it before the step."""
@@ -264,7 +288,8 @@ class CudaRunner:
         if self._stream is not None:
             self._stream.synchronize()
         # In this order: a graph's memory is given back with the graph, what it reads after it.
-        del self._decodes, self._chunks, self._tables, self._outputs, self._pass
+        del self._decodes, self._chunks, self._tables, self._lora, self._outputs, self._pass
+        self._adapters.close()
         self._slots = []
         if self._stream is not None:
             torch.cuda.empty_cache()

@@ -37,6 +37,9 @@ _FULL = 7 / 8
 
 _LEAST_TOKENS = 16
 _DECODES = (0, 8, 32, 64, 128, 256)
+_ADAPTED_DECODES = (0, 8, 64, 256)
+"""With adapters there are fewer: each is captured twice, and most steps fill one of these up."""
+
 _MOST_CHUNKS = 64
 _TOKENS_OF_CHUNK = 16
 _TOKENS_OF_FULL_CHUNK = 64
@@ -55,13 +58,14 @@ class Room(NamedTuple):
         return fits and (self.tokens <= GRAPH_TOKENS or tokens >= _FULL * self.tokens)
 
 
-def chunk_rooms(token_budget: int, rows: int) -> list[Room]:
+def chunk_rooms(token_budget: int, rows: int, *, adapted: bool = False) -> list[Room]:
     """Rooms to capture, ascending in tokens and then in decoding rows.
 
     A prompt that arrives alone needs few chunks; many chunks of few tokens take the room of more tokens.
 
     Args:
         token_budget: most tokens of a step's chunks. rows: most output rows of a step.
+        adapted: for steps in which some rows have adapters.
     """
     tokens = _LEAST_TOKENS
     sizes = [(tokens, 4)]
@@ -74,7 +78,8 @@ def chunk_rooms(token_budget: int, rows: int) -> list[Room]:
     for tokens, wanted in sizes:
         chunks = min(wanted, max(1, rows // 2))
         most = rows - chunks
-        rooms += [Room(decodes, tokens, chunks) for decodes in [*(d for d in _DECODES if d < most), most]]
+        usual = _ADAPTED_DECODES if adapted else _DECODES
+        rooms += [Room(decodes, tokens, chunks) for decodes in [*(d for d in usual if d < most), most]]
     return rooms
 
 

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from realm.engine.batch import Chunk, Longs, StepBatch
+from realm.engine.batch import Chunk, Ints, Longs, StepBatch
 from realm.engine.kernels.attention_prefill import (
     TILES,
     attention_prefill,
@@ -25,14 +25,18 @@ from realm.engine.kernels.attention_prefill import (
     prefill_tile,
     prefill_tiles,
 )
+from realm.engine.kernels.lora import lora_tile
 from realm.engine.kernels.rotary import rope_and_store
 from realm.engine.kv_cache import PAGE_SIZE
 from realm.engine.runners.cuda_buckets import Room, Variant, chunk_rooms
 from realm.engine.runners.cuda_decode import DecodeAttention, PageTables, captured_if_it_fits
 from realm.engine.runners.cuda_draw import OutputRows, fill_draws
-from realm.engine.runners.cuda_memory import MOST_CHUNK_GRAPHS
+from realm.engine.runners.cuda_lora import FAMILIES, AdaptedSteps
+from realm.engine.runners.cuda_memory import MOST_ADAPTER_GRAPHS, MOST_CHUNK_GRAPHS
 from realm.engine.runners.cuda_pass import DevicePass
 from realm.engine.runners.cuda_staging import Block
+
+K = TypeVar("K")
 
 
 class Shape(NamedTuple):
@@ -101,9 +105,10 @@ class ChunkSteps:
         rows: int,
         token_budget: int,
         pool: Any,
+        lora: AdaptedSteps | None = None,
     ) -> None:
         """``rows``: most output rows of a step. ``token_budget``: most tokens of its chunks. ``pool``: of graphs'
-        memory; None computes without graphs."""
+        memory; None computes without graphs. ``lora``: where sequences may have adapters."""
         config, device = device_pass.model.config, device_pass.model.device
         self._pass = device_pass
         self._outputs = outputs
@@ -117,16 +122,21 @@ class ChunkSteps:
         self._most_graphs = len(self._rooms) + MOST_CHUNK_GRAPHS
         self._seen: set[Shape] = set()
         self._graphs: dict[Shape, Callable[[], None]] = {}
+        self._lora = lora
+        self._adapted_rooms = chunk_rooms(token_budget, rows, adapted=True)
+        self._most_adapted = len(self._adapted_rooms) * len(FAMILIES) + 2 * MOST_ADAPTER_GRAPHS
+        self._adapted: dict[tuple[Shape, tuple[int, ...]], Callable[[], None]] = {}
+        self._adapted_seen: set[tuple[Shape, tuple[int, ...]]] = set()
         self.tables = PageTables(rows, -(-config.context_length // PAGE_SIZE), device)
 
-    def shape(self, batch: StepBatch) -> tuple[Shape, bool]:
+    def shape(self, batch: StepBatch, *, adapted: bool = False) -> tuple[Shape, bool]:
         """The room that a step is given, and whether that is one of the few shapes that are captured; where
-        there is none, it is exactly what the step needs."""
+        there is none, it is exactly what the step needs. ``adapted``: some sequence has an adapter."""
         decodes, chunks = len(batch.decodes), len(batch.chunks)
         counts = np.array([len(chunk.tokens) for chunk in batch.chunks])
         tokens = int(counts.sum())
         longest = batch.decodes.longest
-        for room in self._rooms:
+        for room in self._adapted_rooms if adapted else self._rooms:
             if room.holds(decodes, tokens, chunks):
                 return self._filled(room, longest), True
         tile = self._tile(int(counts.max()))
@@ -149,14 +159,26 @@ class ChunkSteps:
         """What has to be done before the first step: every room captured, for contexts of usual length."""
         # The largest first: the smaller ones then find their memory in the pool.
         shapes = [self._filled(room, 1) for room in reversed(self._rooms)]
-        return [partial(self._rehearse, block, shape) for shape in shapes]
+        captures: list[Callable[[], None]] = [partial(self._rehearse, block, shape) for shape in shapes]
+        if self._lora is not None and self._pool is not None:
+            shapes = [self._filled(room, 1) for room in reversed(self._adapted_rooms)]
+            captures += [partial(self._capture_adapted, block, shape) for shape in shapes]
+        return captures
+
+    def _capture_adapted(self, block: Block, shape: Shape) -> None:
+        """A shape with adapters. What it launches was launched before: it is only captured."""
+        block.reset()
+        _, fields = _Fields.place(block, shape)
+        for groups in FAMILIES:
+            forward = partial(self._compute, shape, fields, groups)
+            self._adapted[shape, groups] = captured_if_it_fits(forward, self._pool)
 
     def _rehearse(self, block: Block, shape: Shape) -> None:
         """Compute a step of rows that only fill it, and capture that."""
         block.reset()
         _, fields = _Fields.place(block, shape)
         fields.pad_device(self._spare_lane, self._spare_slot)
-        compute = partial(self._compute, shape, fields)
+        compute = partial(self._compute, shape, fields, None)
         compute()
         if self._pool is not None:
             self._graphs[shape] = captured_if_it_fits(compute, self._pool)
@@ -173,13 +195,18 @@ class ChunkSteps:
             tile = self._tile(max(1, longest // self._group))
             attention_prefill(qkv, pages, self.tables.device[:1], none, none[:1], none.view(1, 2), out, tile=tile)
 
-    def prepare(self, block: Block, batch: StepBatch, variant: Variant) -> Callable[[], None]:
+    def prepare(
+        self, block: Block, batch: StepBatch, variant: Variant, adapters: Ints | None = None
+    ) -> Callable[[], None]:
         """Write a step's inputs to ``block``; returns what computes it once the block was sent.
+
+        ``adapters``: the batch's, or None where no sequence has one.
 
         Raises:
             ValueError: when there are more sequences or rows than the runner was made for.
         """
-        shape, common = self.shape(batch)
+        groups = None if adapters is None or self._lora is None else self._lora.family(adapters)
+        shape, common = self.shape(batch, adapted=groups is not None)
         if shape.decodes + shape.tokens > self._pass.rows:
             raise ValueError(f"a step of {shape.decodes + shape.tokens} rows; the runner has {self._pass.rows}")
         if shape.outputs > self._rows:
@@ -191,9 +218,12 @@ class ChunkSteps:
         self._write_chunks(block, host, shape, batch.chunks)
         draws.lanes[:] = self._write_outputs(host, shape, batch)
         fill_draws(draws, batch.draws, variant)
-        forward: Callable[[], None] = partial(self._compute, shape, device)
+        if groups is not None:
+            assert self._lora is not None and adapters is not None
+            self._lora.place(block, self._slots(shape, batch, adapters), groups, lora_tile(shape.tokens))
+        forward: Callable[[], None] = partial(self._compute, shape, device, groups)
         if common and self._pool is not None:
-            forward = self._graph(shape, forward)
+            forward = self._graph(shape, groups, forward)
 
         def compute() -> None:
             forward()
@@ -202,13 +232,22 @@ class ChunkSteps:
 
         return compute
 
-    def _graph(self, shape: Shape, compute: Callable[[], None]) -> Callable[[], None]:
+    def _graph(self, shape: Shape, groups: tuple[int, ...] | None, compute: Callable[[], None]) -> Callable[[], None]:
         """What computes a shape; a kind that was not captured at the start is when it comes for the second time."""
-        graph = self._graphs.get(shape)
-        if graph is None and shape in self._seen and len(self._graphs) < self._most_graphs:
-            graph = self._graphs[shape] = captured_if_it_fits(compute, self._pool)
-        self._seen.add(shape)
-        return compute if graph is None else graph
+        if groups is None:
+            return _captured_again(self._graphs, self._seen, shape, self._most_graphs, compute, self._pool)
+        key = (shape, groups)
+        return _captured_again(self._adapted, self._adapted_seen, key, self._most_adapted, compute, self._pool)
+
+    @staticmethod
+    def _slots(shape: Shape, batch: StepBatch, adapters: Ints) -> Ints:
+        """The slot of each row of the pass, -1 for none."""
+        slots = np.full(shape.decodes + shape.tokens, -1, np.int32)
+        count = len(batch.decodes)
+        slots[:count] = adapters[:count]
+        of_tokens = np.repeat(adapters[count:], [len(chunk.tokens) for chunk in batch.chunks])
+        slots[shape.decodes : shape.decodes + len(of_tokens)] = of_tokens
+        return slots
 
     def _write_decodes(self, block: Block, host: _Fields, shape: Shape, batch: StepBatch) -> None:
         decodes, count = batch.decodes, len(batch.decodes)
@@ -258,7 +297,7 @@ class ChunkSteps:
         lanes = [batch.chunks[at].lane for at in drawing]
         return [*batch.decodes.lanes.tolist(), *(self._spare_lane if lane < 0 else lane for lane in lanes)]
 
-    def _compute(self, shape: Shape, fields: _Fields) -> None:
+    def _compute(self, shape: Shape, fields: _Fields, groups: tuple[int, ...] | None) -> None:
         model, first = self._pass.model, shape.decodes
         tables, tiles = self.tables.device[: shape.chunks], fields.tiles.view(-1, 2)
 
@@ -269,5 +308,17 @@ class ChunkSteps:
             rope_and_store(some, model.cos, model.sin, fields.positions, fields.slots, pages)
             attention_prefill(some, pages, tables, fields.starts, fields.contexts, tiles, out[first:], tile=shape.tile)
 
-        hidden = self._pass.hidden(fields.tokens, fields.lanes, attend, every=False)
+        adapted = None if groups is None or self._lora is None else self._lora.products(groups, lora_tile(shape.tokens))
+        hidden = self._pass.hidden(fields.tokens, fields.lanes, attend, every=False, adapted=adapted)
         self._outputs.compute(hidden.rows(fields.outputs))
+
+
+def _captured_again(
+    graphs: dict[K, Callable[[], None]], seen: set[K], key: K, most: int, compute: Callable[[], None], pool: Any
+) -> Callable[[], None]:
+    """The graph of ``key``; made if it was ``seen`` before and there are not ``most`` already."""
+    graph = graphs.get(key)
+    if graph is None and key in seen and len(graphs) < most:
+        graph = graphs[key] = captured_if_it_fits(compute, pool)
+    seen.add(key)
+    return compute if graph is None else graph

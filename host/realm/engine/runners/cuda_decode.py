@@ -20,12 +20,14 @@ from torch import Tensor
 
 from realm.engine.batch import Decodes, Draws, Ints
 from realm.engine.kernels.attention_decode import MOST_SPLITS, DecodeWorkspace, attention_decode, decode_splits
+from realm.engine.kernels.lora import FEW
 from realm.engine.kv_cache import PAGE_SIZE
 from realm.engine.memory import is_out_of_memory
 from realm.engine.runners.cuda_buckets import COMMON, RARE, Variant, bucket_sizes, fit
 from realm.engine.runners.cuda_draw import OutputRows, fill_draws
 from realm.engine.runners.cuda_kernels import spread_tables
-from realm.engine.runners.cuda_memory import MOST_PARTS, MOST_RARE_GRAPHS
+from realm.engine.runners.cuda_lora import EVERY, FAMILIES, AdaptedSteps
+from realm.engine.runners.cuda_memory import MOST_ADAPTER_GRAPHS, MOST_PARTS, MOST_RARE_GRAPHS
 from realm.engine.runners.cuda_pass import DevicePass
 from realm.engine.runners.cuda_staging import Array, Block, DrawFields
 
@@ -191,9 +193,10 @@ class DecodeSteps:
         rows: int,
         blocks: list[Block],
         pool: Any,
+        lora: AdaptedSteps | None = None,
     ) -> None:
         """``rows``: most rows of a step. ``blocks`` share their device buffer. ``pool``: of graphs' memory;
-        None computes without graphs."""
+        None computes without graphs. ``lora``: where rows may have adapters."""
         self._pass = device_pass
         self._outputs = outputs
         self._attention = attention
@@ -203,6 +206,10 @@ class DecodeSteps:
         self._pool = pool
         self._graphs: dict[tuple[int, Variant, int], Callable[[], None]] = {}
         self._most_graphs = len(self._sizes) * len(COMMON) + MOST_RARE_GRAPHS
+        self._lora = lora
+        # The forward pass alone: drawing is launched after it, in whichever way a step draws.
+        self._adapted: dict[tuple[int, tuple[int, ...], int], Callable[[], None]] = {}
+        self._most_adapted = len(self._sizes) * len(FAMILIES) + 2 * MOST_ADAPTER_GRAPHS
 
     def first(self) -> list[Callable[[], None]]:
         """What has to be done before the first step: all kernels compiled, and what most steps need captured,
@@ -219,13 +226,34 @@ class DecodeSteps:
         captures = [partial(capture, size, variant) for size in reversed(self._sizes) for variant in COMMON]
         rare = [partial(self._rehearse, 1, variant, 1) for variant in RARE]
         powers = range(MOST_SPLITS.bit_length())
+        if self._lora is not None:
+            captures += [partial(self._capture_adapted, size) for size in reversed(self._sizes)]
         return [*rare, *(partial(self._rehearse, 1, COMMON[0], 1 << power) for power in powers), *captures]
 
-    def prepare(self, block: Block, decodes: Decodes, draws: Draws, variant: Variant) -> Callable[[], None]:
-        """Write a step's inputs to ``block``; returns what computes it once the block was sent."""
+    def _capture_adapted(self, size: int) -> None:
+        """Steps of ``size`` rows with adapters, for contexts of usual length."""
+        splits = self._attention.splits(size, 1)
+        self._fields[0][size].pad_device(self._spare_lane)
+        # One row alone otherwise takes no product of the library's.
+        self._forward(size, splits, EVERY)
+        for groups in FAMILIES:
+            self._adapted_graph(size, groups, splits)
+
+    def prepare(
+        self, block: Block, decodes: Decodes, draws: Draws, variant: Variant, adapters: Ints | None = None
+    ) -> Callable[[], None]:
+        """Write a step's inputs to ``block``; returns what computes it once the block was sent.
+
+        ``adapters``: int32 [rows], slots, -1 for none; None where no row has one.
+        """
         count = len(decodes)
         size = fit(self._sizes, count)
-        replay = self._graph(size, variant, self._attention.splits(size, decodes.longest))
+        splits = self._attention.splits(size, decodes.longest)
+        groups = None if adapters is None or self._lora is None else self._lora.family(adapters)
+        if groups is None:
+            replay = self._graph(size, variant, splits)
+        else:
+            replay = self._with_draw(self._adapted_graph(size, groups, splits), size, variant)
         fields = self._fields[block.number][size]
         block.reset(fields.end)
         fields.tokens[:count] = decodes.tokens
@@ -236,6 +264,9 @@ class DecodeSteps:
         fields.lengths[count:] = 0
         fill_draws(fields.draws, draws, variant)
         self._attention.place(block, decodes)
+        if groups is not None:
+            assert self._lora is not None and adapters is not None
+            self._lora.place(block, adapters, groups, FEW)
         return replay
 
     def _graph(self, size: int, variant: Variant, splits: int) -> Callable[[], None]:
@@ -250,6 +281,24 @@ class DecodeSteps:
             graph = self._graphs[key] = captured_if_it_fits(compute, self._pool)
         return graph
 
+    def _adapted_graph(self, size: int, groups: tuple[int, ...], splits: int) -> Callable[[], None]:
+        """The same of a forward pass with adapters. Its kernels and the library's were all used at the start."""
+        key = (size, groups, splits)
+        graph = self._adapted.get(key)
+        if graph is None:
+            forward = partial(self._forward, size, splits, groups)
+            if self._pool is None or len(self._adapted) >= self._most_adapted:
+                return forward
+            graph = self._adapted[key] = captured_if_it_fits(forward, self._pool)
+        return graph
+
+    def _with_draw(self, forward: Callable[[], None], size: int, variant: Variant) -> Callable[[], None]:
+        def compute() -> None:
+            forward()
+            self._outputs.draw(size, self._fields[0][size].device_draws, variant)
+
+        return compute
+
     def _rehearse(self, size: int, variant: Variant, splits: int) -> None:
         """Compute rows that only fill a batch, so that kernels are compiled and libraries take what they keep."""
         self._fields[0][size].pad_device(self._spare_lane)
@@ -258,11 +307,17 @@ class DecodeSteps:
         self._compute(size, variant, splits)
 
     def _compute(self, size: int, variant: Variant, splits: int) -> None:
+        self._forward(size, splits, None)
+        self._outputs.draw(size, self._fields[0][size].device_draws, variant)
+
+    def _forward(self, size: int, splits: int, groups: tuple[int, ...] | None) -> None:
+        """From input tokens to logits; with adapters where ``groups`` says which products have them."""
         fields = self._fields[0][size]
+        adapted = None if groups is None or self._lora is None else self._lora.products(groups, FEW)
 
         def attend(qkv: Tensor, pages: Tensor, out: Tensor) -> None:
             self._attention(qkv, pages, fields.device_lengths, out, splits)
 
-        hidden = self._pass.hidden(fields.device_tokens, fields.device_draws.lanes, attend, every=True)
+        lanes = fields.device_draws.lanes
+        hidden = self._pass.hidden(fields.device_tokens, lanes, attend, every=True, adapted=adapted)
         self._outputs.compute(hidden)
-        self._outputs.draw(size, fields.device_draws, variant)

@@ -39,6 +39,18 @@ class Attend(Protocol):
         ...
 
 
+class Adapted(Protocol):
+    """What adapters add to a layer's products, which are numbered as they come: qkv, output, gate_up, down."""
+
+    def begin(self, layer: int, product: int, x: Tensor) -> None:
+        """Called before a product of ``x`` [n, in] is launched."""
+        ...
+
+    def end(self, layer: int, product: int, out: Tensor) -> None:
+        """Called after it: adds to ``out`` [n, out]."""
+        ...
+
+
 class Hidden(NamedTuple):
     """Rows after the last layer, [n, hidden_size]: ``residual``, float32, to which ``last`` has still to be added."""
 
@@ -91,10 +103,13 @@ class DevicePass:
         self._attended, self._active = space(heads), space(config.intermediate_size)
         self._wide = space(max(self._qkv_width, 2 * config.intermediate_size)).view(-1)
 
-    def hidden(self, tokens: Tensor, lanes: Tensor, attend: Attend, *, every: bool) -> Hidden:
+    def hidden(
+        self, tokens: Tensor, lanes: Tensor, attend: Attend, *, every: bool, adapted: Adapted | None = None
+    ) -> Hidden:
         """Compute all layers for int32 ``tokens`` [n]; a negative one stands for what its lane drew last.
 
         ``every``: ``attend`` writes every row; otherwise it may leave out rows that only fill the batch.
+        ``adapted``: what some rows' adapters add.
         """
         count, model = len(tokens), self.model
         residual, attended = self._residual[:count], self._attended[:count]
@@ -102,8 +117,9 @@ class DevicePass:
         if not every:
             # What was in memory before would do no harm, but might look like a fault: infinities, NaN.
             attended.zero_()
-        layers = self._few if count <= FEW_ROWS else self._many
-        return layers(residual, attended, attend)
+        if count <= FEW_ROWS and adapted is None:
+            return self._few(residual, attended, attend)
+        return self._many(residual, attended, attend, adapted)
 
     def _few(self, residual: Tensor, attended: Tensor, attend: Attend) -> Hidden:
         """A layer of few rows in five launches."""
@@ -120,8 +136,16 @@ class DevicePass:
             skinny_linear(active, layer.down.weight, residual, bias=layer.down.bias, add=True)
         return Hidden(None, residual)
 
-    def _many(self, residual: Tensor, attended: Tensor, attend: Attend) -> Hidden:
+    def _many(self, residual: Tensor, attended: Tensor, attend: Attend, adapted: Adapted | None) -> Hidden:
         """Layers of a library's matrix products. What a block gives is added to the residual by the next norm."""
+
+        def product(at: int, number: int, x: Tensor, w: Linear, out: Tensor) -> None:
+            if adapted is not None:
+                adapted.begin(at, number, x)
+            _product(x, w, out)
+            if adapted is not None:
+                adapted.end(at, number, out)
+
         eps = self.model.config.norm_eps
         count = len(residual)
         normed, block, active = self._normed[:count], self._block[:count], self._active[:count]
@@ -129,15 +153,15 @@ class DevicePass:
         qkv = self._wide_rows(count, self._qkv_width)
         pair = self._wide_rows(count, 2 * self.model.config.intermediate_size)
         x, add = residual, False
-        for layer, pages in self._layers:
+        for at, (layer, pages) in enumerate(self._layers):
             add_rms_norm(x, residual, layer.input_norm, normed, eps, add=add)
-            _product(normed, layer.qkv, qkv)
+            product(at, 0, normed, layer.qkv, qkv)
             attend(qkv, pages, attended)
-            _product(attended, layer.output, block)
+            product(at, 1, attended, layer.output, block)
             add_rms_norm(block, residual, layer.post_norm, normed, eps, add=True)
-            _product(normed, layer.gate_up, pair)
+            product(at, 2, normed, layer.gate_up, pair)
             silu_mul(pair, active)
-            _product(active, layer.down, block)
+            product(at, 3, active, layer.down, block)
             x, add = block, True
         return Hidden(x, residual)
 
@@ -147,13 +171,20 @@ class DevicePass:
     def load_products(self) -> None:
         """Multiply once with every few numbers of rows up to the most. The library has kernels for many sizes, and
         loads one when it first chooses it; that may wait for all that the device has to do."""
-        layer, config = self.model.layers[0], self.model.config
         for count in range(_PRODUCT_ROWS, self.rows + 1, _PRODUCT_ROWS):
-            normed, block, active = self._normed[:count], self._block[:count], self._active[:count]
-            _product(normed, layer.qkv, self._wide_rows(count, self._qkv_width))
-            _product(self._attended[:count], layer.output, block)
-            _product(normed, layer.gate_up, self._wide_rows(count, 2 * config.intermediate_size))
-            _product(active, layer.down, block)
+            for linear, x, out in self.operands(count):
+                _product(x, linear, out)
+
+    def operands(self, count: int) -> list[tuple[Linear, Tensor, Tensor]]:
+        """The first layer's products: weights, what goes in and what comes out, of ``count`` rows of anything."""
+        layer, config = self.model.layers[0], self.model.config
+        normed, block, active = self._normed[:count], self._block[:count], self._active[:count]
+        return [
+            (layer.qkv, normed, self._wide_rows(count, self._qkv_width)),
+            (layer.output, self._attended[:count], block),
+            (layer.gate_up, normed, self._wide_rows(count, 2 * config.intermediate_size)),
+            (layer.down, active, block),
+        ]
 
     def logits(self, hidden: Hidden, out: Tensor) -> None:
         """Logits of rows of :meth:`hidden`'s result into ``out`` [n, vocab_size]; changes what is given."""
