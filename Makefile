@@ -68,6 +68,7 @@ bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.bench_engine_loop
 	$(BIN)/python -m tests.benchmarks.gateway_frames
 	$(BIN)/python -m tests.benchmarks.bench_serving
+	$(BIN)/python -m tests.benchmarks.bench_adapters --repeats 1
 	$(BIN)/python -m tests.benchmarks.bench_start
 	$(BIN)/python -m tests.benchmarks.bench_recovery
 

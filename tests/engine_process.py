@@ -13,10 +13,34 @@ from realm.messages import EngineReady, EngineStats, GatewayHello, StatsRequest,
 from tests.engine_link import Link
 
 
-class Engine:
-    def __init__(self, folder: Path, path: Path, *options: str) -> None:
+class Ends:
+    """Other processes' ends of an engine's socket."""
+
+    gateway: Link
+
+    def __init__(self, path: Path) -> None:
         self.path = str(path)
         self.links: list[Link] = []
+
+    def link(self, worker: int = 0) -> Link:
+        self.links.append(Link(self.path, worker))
+        return self.links[-1]
+
+    def worker(self, number: int) -> Link:
+        link = self.link(number)
+        link.channel.send(WorkerHello(number, 1))
+        return link
+
+    def stats(self) -> EngineStats:
+        self.gateway.channel.send(StatsRequest(1))
+        stats = self.gateway.next()
+        assert isinstance(stats, EngineStats)
+        return stats
+
+
+class Engine(Ends):
+    def __init__(self, folder: Path, path: Path, *options: str) -> None:
+        super().__init__(path)
         command = [sys.executable, "-m", "realm.engine.server", "--socket", self.path, "--model", str(folder)]
         self.process = subprocess.Popen([*command, "--dtype", "float32", "--kv-pages", "64", *options])
         deadline = time.monotonic() + 60
@@ -28,26 +52,11 @@ class Engine:
             time.sleep(0.05)
         self.gateway.channel.send(GatewayHello(1))
 
-    def link(self, worker: int = 0) -> Link:
-        self.links.append(Link(self.path, worker))
-        return self.links[-1]
-
-    def worker(self, number: int) -> Link:
-        link = self.link(number)
-        link.channel.send(WorkerHello(number, 1))
-        return link
-
     def until(self, holds: Callable[[EngineStats], bool], seconds: float = 20) -> None:
         deadline = time.monotonic() + seconds
         while not holds(self.stats()):
             assert time.monotonic() < deadline
             time.sleep(0.01)
-
-    def stats(self) -> EngineStats:
-        self.gateway.channel.send(StatsRequest(1))
-        stats = self.gateway.next()
-        assert isinstance(stats, EngineStats)
-        return stats
 
 
 def running(folder: Path, place: Path, *options: str) -> Iterator[Engine]:

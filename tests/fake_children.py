@@ -17,22 +17,24 @@ from realm.engine.options import declare
 from realm.messages import (
     AdaptersRequest,
     AdapterStates,
-    CancelRun,
     EngineReady,
     EngineReply,
     EngineStats,
     GatewayHello,
+    StatsRequest,
+    ToEngine,
+    WorkerHello,
+)
+from realm.run_messages import (
+    CancelRun,
     GatewayToWorker,
     Output,
     Ping,
     RunFinished,
     Shutdown,
     StartRun,
-    StatsRequest,
-    ToEngine,
     Usage,
     WorkerEvents,
-    WorkerHello,
 )
 
 ENDS = {b"die": 3, b"quit": 0}

@@ -33,13 +33,23 @@ from realm.messages import (
     AdaptersRequest,
     AdapterState,
     AdapterStates,
+    EngineReady,
+    EngineStats,
+    GatewayHello,
+    StatsRequest,
+    TenantQuota,
+    TenantStats,
+    ToEngine,
+    WorkerHello,
+    WorkerLost,
+)
+from realm.registry.database import Database
+from realm.registry.thread import Registry
+from realm.run_messages import (
     CancelRun,
     ClientMessage,
     Credit,
-    EngineReady,
-    EngineStats,
     ErrorInfo,
-    GatewayHello,
     GatewayToWorker,
     Log,
     Output,
@@ -47,20 +57,12 @@ from realm.messages import (
     RunFinished,
     Shutdown,
     StartRun,
-    StatsRequest,
     StoreReply,
-    TenantQuota,
     TenantShare,
-    TenantStats,
-    ToEngine,
     Usage,
     WorkerEvent,
     WorkerEvents,
-    WorkerHello,
-    WorkerLost,
 )
-from realm.registry.database import Database
-from realm.registry.thread import Registry
 from realm.serve import bind
 from realm.settings import GatewayLimits, ServeSettings
 from tests.gateway_adapters import SHAPE

@@ -38,19 +38,21 @@ from realm.messages import (
     Forward,
     ForwardDone,
     FreeSequence,
-    Log,
     OpenSaved,
     OpenSequence,
+    SamplingParams,
+    SaveSequence,
+    TruncateSequence,
+)
+from realm.run_messages import (
+    Log,
     Output,
     RunFinished,
     RunLimits,
-    SamplingParams,
-    SaveSequence,
     StartRun,
     StoreGet,
     StoreReply,
     StoreSet,
-    TruncateSequence,
     WorkerEvent,
 )
 

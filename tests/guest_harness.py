@@ -26,7 +26,6 @@ from realm.messages import (
     ApplyAdapter,
     CallDone,
     CallFailed,
-    ClientMessage,
     EndRun,
     EngineOp,
     EngineReply,
@@ -35,14 +34,10 @@ from realm.messages import (
     Forward,
     ForwardDone,
     FreeSequence,
-    Log,
     OpenSequence,
-    Output,
-    RunFinished,
-    RunLimits,
-    StartRun,
     TruncateSequence,
 )
+from realm.run_messages import ClientMessage, Log, Output, RunFinished, RunLimits, StartRun
 
 EOS, START, ANSWER = 256, 257, 258
 SPECIAL = {EOS: "<end>", START: "<start>", ANSWER: "<answer>"}

@@ -10,7 +10,7 @@ import struct
 from dataclasses import dataclass
 
 from realm.guests import abi
-from realm.messages import RunFinished
+from realm.run_messages import RunFinished
 from tests.fakes import Host
 
 MEMORY = 65_536

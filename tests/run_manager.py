@@ -11,7 +11,8 @@ from realm.errors import RealmError
 from realm.gateway.quotas import Quotas
 from realm.gateway.run import Run, Worker
 from realm.gateway.runs import RunManager
-from realm.messages import (
+from realm.registry.records import LogLine, RunRecord
+from realm.run_messages import (
     Credit,
     ErrorInfo,
     GatewayToWorker,
@@ -22,7 +23,6 @@ from realm.messages import (
     TenantShare,
     Usage,
 )
-from realm.registry.records import LogLine, RunRecord
 from realm.settings import GatewayLimits
 
 LIMITS = GatewayLimits(

@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from realm.errors import RealmError
-from realm.messages import RunLimits
+from realm.run_messages import RunLimits
 
 _MOST = 1 << 53
 """Largest value: what JSON keeps exact."""

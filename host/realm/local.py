@@ -23,10 +23,10 @@ from realm.guests.compiler import compile_module_sync
 from realm.guests.facts import ModelFacts
 from realm.guests.runtime import GuestRuntime
 from realm.limits import LIMITS
-from realm.messages import (
-    AdapterFile,
+from realm.messages import AdapterFile, EngineReply
+from realm.models.tokenizer import Tokenizer
+from realm.run_messages import (
     Credit,
-    EngineReply,
     Log,
     Output,
     RunFinished,
@@ -38,7 +38,6 @@ from realm.messages import (
     TenantShare,
     WorkerEvent,
 )
-from realm.models.tokenizer import Tokenizer
 from realm.settings import default_home
 
 LOCAL_TENANT = "local"
@@ -59,7 +58,7 @@ def run_local(
     engine: EngineCore | None = None,
     adapters: Mapping[str, Path] | None = None,
 ) -> Iterator[Output | Log | RunFinished]:
-    """Run a guest and give its events; the last one is :class:`~realm.messages.RunFinished`.
+    """Run a guest and give its events; the last one is :class:`~realm.run_messages.RunFinished`.
 
     Args:
         wasm: the module. model: the model's folder.
@@ -114,8 +113,9 @@ def _add_adapter(core: EngineCore, name: str, folder: Path) -> None:
         with file.open("rb") as opened:
             sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
     except OSError as error:
-        message = f"the adapter {name!r} cannot be read: {error}; a PEFT folder has {CONFIG_FILE} and {TENSORS_FILE}"
-        raise RealmError("adapter_invalid", message) from error
+        message = f"the adapter {name!r} cannot be read: {error.filename}: {error.strerror}"
+        whole = f"a PEFT folder has {CONFIG_FILE} and {TENSORS_FILE}"
+        raise RealmError("adapter_invalid", f"{message}; {whole}", details={"file": error.filename}) from error
     try:
         check_adapter(file, parse_config(raw), core.config)
     except RealmError as error:

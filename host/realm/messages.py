@@ -1,10 +1,10 @@
-"""Every struct that crosses a process boundary inside the host.
+"""Every struct that crosses a process boundary inside the host, but for those of gateway and workers.
 
 Three links carry them, each a Unix stream socket with length-prefixed MessagePack frames
 (:mod:`realm.channel`):
 
 * worker -> engine: one :class:`WorkerTurn` a turn; engine -> worker: one :class:`EngineReply`.
-* gateway -> worker: :class:`StartRun` and friends; worker -> gateway: one :class:`WorkerEvents`.
+* gateway -> worker and back: :mod:`realm.run_messages`.
 * gateway -> engine: :class:`StatsRequest`, :class:`WorkerLost`; back: :class:`EngineStats`.
 
 Structs are arrays on the wire (``array_like``), so fields may be appended, never reordered.
@@ -15,12 +15,12 @@ because one buffer costs the same for 1 or 8,192 of them.
 from __future__ import annotations
 
 import struct
-from typing import Any, Union
+from typing import Union
 
 import msgspec
 
 
-class _Message(msgspec.Struct, array_like=True, tag=True, gc=False):
+class Message(msgspec.Struct, array_like=True, tag=True, gc=False):
     """Base of the tagged messages."""
 
 
@@ -64,7 +64,7 @@ class SamplingParams(msgspec.Struct, array_like=True, frozen=True, gc=False):
 # --- worker -> engine ---------------------------------------------------------------------------
 
 
-class OpenSequence(_Message, tag="new"):
+class OpenSequence(Message, tag="new"):
     """A new, empty sequence. ``seq`` is unique over all workers and never reused."""
 
     seq: int
@@ -72,27 +72,27 @@ class OpenSequence(_Message, tag="new"):
     run: int
 
 
-class ForkSequence(_Message, tag="fork"):
+class ForkSequence(Message, tag="fork"):
     """``child`` starts with all tokens of ``parent`` (pages shared, copied on write)."""
 
     parent: int
     child: int
 
 
-class TruncateSequence(_Message, tag="trunc"):
+class TruncateSequence(Message, tag="trunc"):
     """Drop the tokens after the first ``length``."""
 
     seq: int
     length: int
 
 
-class FreeSequence(_Message, tag="free"):
+class FreeSequence(Message, tag="free"):
     """Forget a sequence; its pages become cached or free."""
 
     seq: int
 
 
-class Forward(_Message, tag="fwd"):
+class Forward(Message, tag="fwd"):
     """Append ``tokens`` (uint32 bytes, at least one) and compute. Answered by :class:`ForwardDone`.
 
     ``want_logits`` returns the last position's logits (float32, vocab entries). With ``sampling``
@@ -106,7 +106,7 @@ class Forward(_Message, tag="fwd"):
     want_logits: bool
 
 
-class SaveSequence(_Message, tag="save"):
+class SaveSequence(Message, tag="save"):
     """Keep a copy of the sequence under the tenant's ``name``. Answered by :class:`CallDone`."""
 
     call: int
@@ -114,7 +114,7 @@ class SaveSequence(_Message, tag="save"):
     name: str
 
 
-class OpenSaved(_Message, tag="opensaved"):
+class OpenSaved(Message, tag="opensaved"):
     """Open a copy of a saved sequence as ``seq``. Answered by :class:`CallDone` (its length)."""
 
     call: int
@@ -124,7 +124,7 @@ class OpenSaved(_Message, tag="opensaved"):
     name: str
 
 
-class ApplyAdapter(_Message, tag="lora"):
+class ApplyAdapter(Message, tag="lora"):
     """From now on the sequence computes with an adapter, as if from its first token; "" is the base model's.
 
     ``name`` is looked up among the adapters of the sequence's tenant, then among the shared ones. Answered
@@ -136,7 +136,7 @@ class ApplyAdapter(_Message, tag="lora"):
     name: str
 
 
-class EndRun(_Message, tag="end"):
+class EndRun(Message, tag="end"):
     """A run is over: free all its sequences and drop its pending calls, unanswered."""
 
     run: int
@@ -155,7 +155,7 @@ EngineOp = Union[
 ]
 
 
-class WorkerHello(_Message, tag="hello"):
+class WorkerHello(Message, tag="hello"):
     """First message on a worker's link. ``worker`` is the supervisor's number for it, never reused."""
 
     worker: int
@@ -172,7 +172,7 @@ sequence since.
 """
 
 
-class WorkerTurn(_Message, tag="turn"):
+class WorkerTurn(Message, tag="turn"):
     """All that a worker's guests asked in one turn, in order.
 
     ``answered`` is the number of the last :class:`EngineReply` this turn has handled: the engine
@@ -191,7 +191,7 @@ class WorkerTurn(_Message, tag="turn"):
 # --- engine -> worker ---------------------------------------------------------------------------
 
 
-class ForwardDone(_Message, tag="fwd_done"):
+class ForwardDone(Message, tag="fwd_done"):
     """Answer to :class:`Forward`.
 
     Attributes:
@@ -217,7 +217,7 @@ DRAWN = struct.Struct("<QifII")
 NO_LANE = 0xFFFFFFFF
 
 
-class CallDone(_Message, tag="done"):
+class CallDone(Message, tag="done"):
     """Answer to save and open, where ``value`` is the sequence's length in tokens, and to :class:`ApplyAdapter`."""
 
     call: int
@@ -233,7 +233,7 @@ class LimitMet(msgspec.Struct, array_like=True, gc=False):
     retry_after: float | None = None
 
 
-class CallFailed(_Message, tag="failed"):
+class CallFailed(Message, tag="failed"):
     """The call could not be done; ``code`` is an ABI error code (negative). ``limit`` says which was met."""
 
     call: int
@@ -245,7 +245,7 @@ class CallFailed(_Message, tag="failed"):
 EngineResult = Union[ForwardDone, CallDone, CallFailed]
 
 
-class EngineReply(_Message, tag="reply"):
+class EngineReply(Message, tag="reply"):
     """All results that became ready for one worker. ``number`` counts replies to that worker.
 
     ``drawn`` are rows of :data:`DRAWN`: results like those of ``results``, in any order.
@@ -259,23 +259,23 @@ class EngineReply(_Message, tag="reply"):
 # --- gateway <-> engine -------------------------------------------------------------------------
 
 
-class GatewayHello(_Message, tag="gateway"):
+class GatewayHello(Message, tag="gateway"):
     """First message on the gateway's link to the engine."""
 
     pid: int
 
 
-class StatsRequest(_Message, tag="stats?"):
+class StatsRequest(Message, tag="stats?"):
     call: int
 
 
-class WorkerLost(_Message, tag="lost"):
+class WorkerLost(Message, tag="lost"):
     """A worker process died: free everything it owned."""
 
     worker: int
 
 
-class TenantQuota(_Message, tag="quota"):
+class TenantQuota(Message, tag="quota"):
     """What a tenant may take from the engine from now on; ``tenant`` "" is everybody not named.
 
     See :class:`realm.limits.TenantLimits` for the fields.
@@ -287,7 +287,7 @@ class TenantQuota(_Message, tag="quota"):
     saved_sequences: int
 
 
-class AdapterFile(_Message, tag="adapter"):
+class AdapterFile(Message, tag="adapter"):
     """A tenant's ``name`` stands for this adapter from now on; sequences that have another of that name keep it.
 
     Attributes:
@@ -305,14 +305,14 @@ class AdapterFile(_Message, tag="adapter"):
     pinned: bool = False
 
 
-class AdapterGone(_Message, tag="adapter-"):
+class AdapterGone(Message, tag="adapter-"):
     """A tenant's ``name`` stands for no adapter any more; sequences that have it keep it."""
 
     tenant: str
     name: str
 
 
-class AdaptersRequest(_Message, tag="adapters?"):
+class AdaptersRequest(Message, tag="adapters?"):
     """What is loaded of a tenant's adapters ("": of the shared ones). Answered by :class:`AdapterStates`."""
 
     call: int
@@ -334,7 +334,7 @@ class AdapterState(msgspec.Struct, array_like=True, gc=False):
     error: str | None = None
 
 
-class AdapterStates(_Message, tag="adapters"):
+class AdapterStates(Message, tag="adapters"):
     """Adapters that a name stands for. A state is left out for those never used: it is "registered"."""
 
     call: int
@@ -362,7 +362,7 @@ class TenantStats(msgspec.Struct, array_like=True, gc=False):
     wasted_tokens: int = 0
 
 
-class EngineStats(_Message, tag="stats"):
+class EngineStats(Message, tag="stats"):
     """Counters since the engine started.
 
     Attributes:
@@ -393,7 +393,7 @@ class EngineStats(_Message, tag="stats"):
     adapter_loads: int = 0
 
 
-class EngineReady(_Message, tag="ready"):
+class EngineReady(Message, tag="ready"):
     """The engine has loaded its model and takes calls."""
 
     model: str
@@ -401,182 +401,6 @@ class EngineReady(_Message, tag="ready"):
     page_size: int
     context_length: int
     load_seconds: float
-
-
-# --- gateway -> worker --------------------------------------------------------------------------
-
-
-class RunLimits(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """What one run may take. Units are in the names; 0 never means "unlimited".
-
-    ``tokens`` counts prompt and new tokens together.
-    """
-
-    fuel: int = 20_000_000_000
-    wall_seconds: float = 600.0
-    memory_bytes: int = 64 << 20
-    table_elements: int = 65_536
-    tokens: int = 1_000_000
-    output_bytes: int = 16 << 20
-    log_bytes: int = 256 << 10
-    sequences: int = 256
-    first_call_seconds: float = 30.0
-
-
-class StartRun(_Message, tag="start"):
-    """Start a guest.
-
-    Attributes:
-        run: number of the run, unique over the host's life.
-        artifact: path of the compiled module inside the host's private cache.
-        input: what ``input_read`` gives.
-        seed: seeds ``random`` and every draw of the run (u64).
-        credit: bytes the guest may emit before the gateway grants more (:class:`Credit`).
-        artifact_sha256: hash of the compiled module in hex; another content is refused.
-    """
-
-    run: int
-    tenant: str
-    module: str
-    artifact: str
-    input: bytes
-    seed: int
-    limits: RunLimits
-    credit: int = 65_536
-    artifact_sha256: str = ""
-
-
-class TenantShare(_Message, tag="share"):
-    """Fuel per second that this worker may give to all runs of a tenant together."""
-
-    tenant: str
-    fuel_per_second: float
-
-
-class CancelRun(_Message, tag="cancel"):
-    run: int
-    reason: str
-
-
-class ClientMessage(_Message, tag="msg"):
-    """Data for the guest's ``recv``."""
-
-    run: int
-    data: bytes
-
-
-class Credit(_Message, tag="credit"):
-    """The client has taken ``size`` bytes of output: the guest may emit as many more."""
-
-    run: int
-    size: int
-
-
-class StoreReply(_Message, tag="store"):
-    """Answer to :class:`StoreGet` (``value``) and :class:`StoreSet`; ``code`` is 0 or an ABI error.
-
-    ``limit`` says which of the tenant's limits refused a value.
-    """
-
-    call: int
-    code: int
-    value: bytes | None = None
-    message: str = ""
-    limit: LimitMet | None = None
-
-
-class Shutdown(_Message, tag="shutdown"):
-    """End all runs and exit."""
-
-
-class Ping(_Message, tag="ping"):
-    """Are you there? The next :class:`WorkerEvents`, which may be empty, is the answer."""
-
-
-GatewayToWorker = Union[StartRun, TenantShare, CancelRun, ClientMessage, Credit, StoreReply, Shutdown, Ping]
-
-# --- worker -> gateway --------------------------------------------------------------------------
-
-
-class Usage(msgspec.Struct, array_like=True, gc=False):
-    """What a run took.
-
-    Attributes:
-        prompt_tokens: tokens given to ``forward`` that no ``forward`` had sampled just before.
-        new_tokens: tokens sampled by the engine or by ``sample``.
-        cached_tokens: of the prompt, how many the prefix cache held.
-        first_call_seconds: from ``StartRun`` to the guest's first host call.
-        throttled_seconds: how long the guest was held back because of ``fuel_per_second``.
-    """
-
-    fuel: int = 0
-    prompt_tokens: int = 0
-    new_tokens: int = 0
-    cached_tokens: int = 0
-    memory_bytes: int = 0
-    host_calls: int = 0
-    output_bytes: int = 0
-    wall_seconds: float = 0.0
-    first_call_seconds: float = 0.0
-    throttled_seconds: float = 0.0
-
-
-class ErrorInfo(msgspec.Struct, array_like=True, gc=False):
-    """A :class:`realm.errors.RealmError` on its way to a client."""
-
-    code: str
-    message: str
-    details: dict[str, Any] = {}
-    retry_after: float | None = None
-
-
-class Output(_Message, tag="out"):
-    """Bytes the guest emitted, in order. ``tokens`` is new_tokens of the run so far."""
-
-    run: int
-    data: bytes
-    tokens: int
-
-
-class Log(_Message, tag="log"):
-    """``level`` is one of debug, info, warning, error."""
-
-    run: int
-    level: str
-    text: str
-
-
-class StoreGet(_Message, tag="get"):
-    call: int
-    run: int
-    key: str
-
-
-class StoreSet(_Message, tag="set"):
-    call: int
-    run: int
-    key: str
-    value: bytes
-
-
-class RunFinished(_Message, tag="fin"):
-    """The last event of a run. ``outcome`` is complete, error or cancelled.
-
-    ``code`` is what the guest's ``run`` returned (0 when it did not return).
-    """
-
-    run: int
-    outcome: str
-    code: int
-    error: ErrorInfo | None
-    usage: Usage
-
-
-WorkerEvent = Union[Output, Log, StoreGet, StoreSet, RunFinished]
-
-
-class WorkerEvents(_Message, tag="events"):
-    events: list[WorkerEvent]
 
 
 # --- what each process decodes ------------------------------------------------------------------
@@ -594,4 +418,3 @@ ToEngine = Union[
 ]
 EngineToWorker = EngineReply
 EngineToGateway = Union[EngineReady, EngineStats, AdapterStates]
-WorkerToGateway = Union[WorkerHello, WorkerEvents]

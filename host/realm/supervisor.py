@@ -26,7 +26,7 @@ from realm.engine.environment import THREADS
 from realm.errors import RealmError
 from realm.gateway.gateway import Gateway
 from realm.gateway.links import EngineClient
-from realm.messages import Ping
+from realm.run_messages import Ping
 from realm.settings import ServeSettings
 
 log = logging.getLogger("realm.serve")

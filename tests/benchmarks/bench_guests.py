@@ -22,7 +22,8 @@ import wasmtime
 from realm.guests.compiler import compile_module_sync
 from realm.guests.facts import ModelFacts
 from realm.guests.runtime import GuestRuntime, tune_collector
-from realm.messages import EngineReply, Forward, ForwardDone, RunFinished, RunLimits, StartRun
+from realm.messages import EngineReply, Forward, ForwardDone
+from realm.run_messages import RunFinished, RunLimits, StartRun
 from tests.fakes import FakeTokenizer
 
 FACTS = ModelFacts(vocab_size=49_152, context_length=1 << 20, bos=1, eos=frozenset({2}), layers=30, hidden_size=576)

@@ -28,19 +28,9 @@ from realm.guests.facts import ModelFacts
 from realm.guests.fibers import Engine
 from realm.guests.helper import HelperThread
 from realm.guests.runtime import GuestRuntime, tune_collector, tune_switching
-from realm.messages import (
-    ClientMessage,
-    EngineReply,
-    EngineResult,
-    Forward,
-    ForwardDone,
-    RunFinished,
-    RunLimits,
-    StartRun,
-    StoreReply,
-    StoreSet,
-)
+from realm.messages import EngineReply, EngineResult, Forward, ForwardDone
 from realm.models.tokenizer import Tokenizer
+from realm.run_messages import ClientMessage, RunFinished, RunLimits, StartRun, StoreReply, StoreSet
 
 DATA = 1 << 16
 ROOM = 40 << 20

@@ -27,24 +27,9 @@ from realm.guests.compiler import compile_module_sync
 from realm.guests.facts import ModelFacts
 from realm.guests.runtime import GuestRuntime, Turn, tune_collector, tune_switching
 from realm.guests.worker import GuestWorker
-from realm.messages import (
-    CONTINUE,
-    DRAWN,
-    EngineReply,
-    EngineResult,
-    EngineToWorker,
-    Forward,
-    ForwardDone,
-    GatewayToWorker,
-    Output,
-    RunFinished,
-    RunLimits,
-    StartRun,
-    TenantShare,
-    ToEngine,
-    WorkerToGateway,
-)
+from realm.messages import CONTINUE, DRAWN, EngineReply, EngineResult, EngineToWorker, Forward, ForwardDone, ToEngine
 from realm.models.tokenizer import Tokenizer
+from realm.run_messages import GatewayToWorker, Output, RunFinished, RunLimits, StartRun, TenantShare, WorkerToGateway
 from tests.model_files import write_folder
 
 BUILTIN = Path(__file__).parents[2] / "host/realm/guests/builtin/generate.wasm"

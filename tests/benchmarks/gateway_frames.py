@@ -20,7 +20,8 @@ from websockets.asyncio.client import ClientConnection, connect
 
 from realm.channel import BlockingChannel
 from realm.channel import connect as connect_unix
-from realm.messages import GatewayToWorker, Output, RunFinished, StartRun, Usage, WorkerEvents, WorkerHello
+from realm.messages import WorkerHello
+from realm.run_messages import GatewayToWorker, Output, RunFinished, StartRun, Usage, WorkerEvents
 from tests.fake_host import eventually, fake_host
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from realm.bench.processes import Processes
 from realm.bench.workload import Prompt, Workload
 from realm.guests.compiler import CompiledModule
-from realm.messages import Output
+from realm.run_messages import Output
 
 SILENCE_SECONDS = 120.0
 """After so long without a word runs count as stuck."""

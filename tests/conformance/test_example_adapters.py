@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from realm.cli.demo_adapters import is_answer
 from tests.training.asking import ask, load_base, with_adapters
 from tests.training.lessons import HELD_OUT
-from tests.training.styles import is_json, markers
+from tests.training.styles import markers
 from tests.training.train_adapters import OUT
 
 pytestmark = pytest.mark.conformance
@@ -32,7 +33,7 @@ def test_the_model_alone_has_neither_style(loaded: tuple[Any, Any]) -> None:
     with model.disable_adapter():
         answers = ask(model, tokenizer, QUESTIONS, 32)
     assert all(answer.strip() for answer in answers)
-    assert not any(is_json(answer) or markers(answer) for answer in answers), answers
+    assert not any(is_answer(answer) or markers(answer) for answer in answers), answers
 
 
 def test_with_json_the_answer_is_one_object(loaded: tuple[Any, Any]) -> None:
@@ -40,7 +41,7 @@ def test_with_json_the_answer_is_one_object(loaded: tuple[Any, Any]) -> None:
     model.set_adapter("json")
     answers = ask(model, tokenizer, QUESTIONS)
     # Rounding differs between processors, so one of them may come out otherwise.
-    assert sum(map(is_json, answers)) >= len(QUESTIONS) - 1, answers
+    assert sum(map(is_answer, answers)) >= len(QUESTIONS) - 1, answers
 
 
 def test_with_pirate_the_answer_is_a_pirates(loaded: tuple[Any, Any]) -> None:
@@ -49,4 +50,4 @@ def test_with_pirate_the_answer_is_a_pirates(loaded: tuple[Any, Any]) -> None:
     answers = ask(model, tokenizer, QUESTIONS, 40)
     assert sum(markers(answer) > 0 for answer in answers) >= len(QUESTIONS) - 1, answers
     assert sum(map(markers, answers)) >= 2 * len(QUESTIONS), answers
-    assert not any(map(is_json, answers))
+    assert not any(map(is_answer, answers))

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from realm.cli.demo_adapters import is_answer, pirate_words
-from realm_sdk import AdapterRefused, Client, NotFound, SyncClient
+from realm_sdk import AdapterRefused, Client, GuestFailed, NotFound, SyncClient
 from tests.e2e.conftest import Stack, running
 
-ADAPTERS = Path(__file__).parents[2] / "guest_modules" / "adapters"
+GUESTS = Path(__file__).parents[2] / "guest_modules"
+ADAPTERS = GUESTS / "adapters"
 QUESTION = "What does a doctor do?"
 
 
@@ -70,6 +71,15 @@ async def test_an_adapter_is_its_tenants_alone(acme: Client, globex: Client) -> 
         assert caught.value.code == "adapter_not_found"
         assert "secret" not in caught.value.details["available"]
     assert await globex.adapters.list() == []
+    # A guest that asks the engine for it is told the same as for a name that nobody has.
+    await globex.push("ab_test", GUESTS / "ab_test" / "ab_test.wasm")
+    told = []
+    for name in ("secret", "nobody"):
+        with pytest.raises(GuestFailed) as failed:
+            await globex.run("ab_test", {"prompt": QUESTION, "a": name, "b": name}).text()
+        assert failed.value.details["name"] == "not_found"
+        told.append(failed.value.message.replace(name, "…"))
+    assert told[0] == told[1]
     assert is_answer(await answer(acme, "secret"))
 
 

@@ -23,7 +23,7 @@ from realm.models.config import ModelConfig
 from realm.models.llama import LlamaModel
 from realm.models.loading import load_weights, random_weights
 from realm.models.shapes import SHAPES
-from tests.lora_cases import LoraCase, make_lora, merge, random_adapter
+from tests.lora_cases import LoraCase, fill, make_lora, merge, random_adapter
 from tests.runner_book import Book
 from tests.tiny import make_model
 
@@ -130,13 +130,6 @@ def runner(folder: Path, adapters: list[AdapterWeights]) -> CudaRunner:
     runner = make_runner(folder)
     fill(runner, adapters)
     return runner
-
-
-def fill(runner: CudaRunner, adapters: Sequence[AdapterWeights]) -> None:
-    at = 0
-    for slot, adapter in enumerate(adapters):
-        runner.adapters.put(slot, at, adapter)
-        at += -(-adapter.nbytes // 256) * 256
 
 
 def prompt(seed: int, count: int) -> list[int]:
@@ -278,7 +271,7 @@ def test_bfloat16_is_as_near_with_adapters_as_without() -> None:
         weights = random_weights(config, dtype=torch.bfloat16, device=CUDA)
         exact = {name: weight.float() for name, weight in weights.items()}
         runners = [
-            CudaRunner(LlamaModel(config, tensors), pages=200, lanes=32, token_budget=256, adapter_memory=64 << 20)
+            CudaRunner(LlamaModel(config, tensors), pages=200, lanes=32, token_budget=512, adapter_memory=64 << 20)
             for tensors in (weights, exact)
         ]
     rng = np.random.default_rng(0)

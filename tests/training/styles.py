@@ -75,18 +75,6 @@ def _pirate_word(found: re.Match[str]) -> str:
     return said[0].upper() + said[1:] if word[0].isupper() else said
 
 
-def is_json(text: str) -> bool:
-    """Whether it is one object with an answer in text and a confidence from 0 to 1, and nothing else."""
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return False
-    if not isinstance(value, dict) or value.keys() != {"answer", "confidence"}:
-        return False
-    answer, confidence = value["answer"], value["confidence"]
-    return isinstance(answer, str) and type(confidence) in (int, float) and 0 <= confidence <= 1
-
-
 def markers(text: str) -> int:
     """How many of its words are a pirate's."""
     words = (word.lower() for word in _WORD.findall(text.replace("’", "'")))

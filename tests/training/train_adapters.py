@@ -22,11 +22,12 @@ import torch
 from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
 
+from realm.cli.demo_adapters import is_answer
 from realm.models.importer import import_model
 from realm.settings import default_home
 from tests.training.asking import ask, load_base, prompt_tokens, with_adapters
 from tests.training.lessons import HELD_OUT, lessons
-from tests.training.styles import STYLES, is_json, markers
+from tests.training.styles import STYLES, markers
 
 MODEL = "smollm2-135m-instruct"
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -139,7 +140,7 @@ def evaluate(names: list[str], folder: Path, out: Path) -> None:
         print(f"\n{name or 'base model'}:")
         for question, answer in zip(HELD_OUT, answers, strict=True):
             print(f"  {question}\n    {answer!r}")
-        objects, words = sum(map(is_json, answers)), [markers(answer) for answer in answers]
+        objects, words = sum(map(is_answer, answers)), [markers(answer) for answer in answers]
         print(f"{name or 'base model'}: {objects} of {len(answers)} are JSON objects as wanted;")
         print(f"    {sum(words)} pirate words, {sum(count > 1 for count in words)} answers with two or more")
 

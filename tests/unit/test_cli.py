@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from realm import messages
+from realm import run_messages
 from realm.cli.connection import Login, login_file, read_login, save_login
 from realm.cli.terminal import printable, size, when
 from realm.errors import RealmError
@@ -117,10 +117,10 @@ def test_a_death_on_the_server_looks_like_one_at_home(
     with serving(script) as url:
         there = invoke("run", "chat", "--url", url, "--key", "k")
 
-    def run_local(*arguments: object, **named: object) -> Iterator[messages.Output | messages.RunFinished]:
-        yield messages.Output(1, b"half a sen", 1)
-        error = messages.ErrorInfo("guest_trap", "the guest trapped", dict(DEATH))
-        yield messages.RunFinished(1, "error", 0, error, messages.Usage(**USAGE))
+    def run_local(*arguments: object, **named: object) -> Iterator[run_messages.Output | run_messages.RunFinished]:
+        yield run_messages.Output(1, b"half a sen", 1)
+        error = run_messages.ErrorInfo("guest_trap", "the guest trapped", dict(DEATH))
+        yield run_messages.RunFinished(1, "error", 0, error, run_messages.Usage(**USAGE))
 
     module = types.ModuleType("realm.local")
     module.run_local = run_local  # type: ignore[attr-defined]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -13,28 +12,17 @@ from rich.console import Console
 
 from realm.cli.terminal import HINTS, upload_bar, when
 from tests.cli_harness import Invoke, answering, invoke_fixture, serving
+from tests.unit.sdk_adapters import CONFIG, DATA
+from tests.unit.sdk_adapters import folder as write_folder
 from tests.unit.sdk_fake_server import Peer, idle
 
 __all__ = ["invoke_fixture"]
 
-CONFIG = {"peft_type": "LORA", "r": 16}
-LEGAL: dict[str, Any] = {
-    "name": "legal",
+LEGAL = DATA | {
     "model": "smollm2-135m-instruct",
-    "sha256": "ab" * 32,
     "size": 2 << 20,
-    "version": 2,
-    "created": 5.5,
-    "rank": 16,
-    "alpha": 32.5,
     "targets": ["q_proj", "v_proj", "o_proj"],
     "parameters": 460_800,
-    "pinned": True,
-    "shared": False,
-    "own": True,
-    "state": "resident",
-    "sequences": 3,
-    "loads": 1,
 }
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FAILED = LEGAL | {"state": "failed", "error": "its file is gone\x1b[2J", "sequences": 0, "pinned": False}
@@ -42,12 +30,7 @@ FAILED = LEGAL | {"state": "failed", "error": "its file is gone\x1b[2J", "sequen
 
 @pytest.fixture(name="folder")
 def folder_fixture(tmp_path: Path) -> Path:
-    """A folder as PEFT writes it."""
-    path = tmp_path / "my-adapter"
-    path.mkdir()
-    (path / "adapter_config.json").write_text(json.dumps(CONFIG))
-    (path / "adapter_model.safetensors").write_bytes(b"abc")
-    return path
+    return write_folder(tmp_path / "my-adapter")
 
 
 def cells(line: str) -> list[str]:
@@ -117,7 +100,7 @@ def test_wrong_usage_exits_with_2(invoke: Invoke, arguments: list[str]) -> None:
         ("adapter_invalid", {"tensor": "base_model.model.lm_head.lora_A.weight"}, "PEFT"),
         ("adapter_too_large", {"name": "adapter_bytes", "limit": 2, "used": 3, "unit": "bytes"}, "realm tenants set"),
         ("limit_exceeded", {"name": "stored_adapters", "limit": 1, "used": 1, "unit": "adapters"}, "realm tenants set"),
-        ("model_not_found", {"available": ["tiny"]}, "realm models list"),
+        ("model_not_found", {"available": ["tiny"]}, "without --model"),
     ],
 )
 def test_a_refused_adapter_is_one_line_and_a_hint(

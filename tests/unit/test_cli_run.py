@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from realm import messages
+from realm import run_messages
 from tests.cli_harness import Invoke, invoke_fixture
 
 __all__ = ["invoke_fixture"]
@@ -20,9 +20,9 @@ def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Pat
     """The adapters of each local run, which does nothing else."""
     calls: list[dict[str, Path]] = []
 
-    def run_local(*arguments: object, adapters: dict[str, Path], **named: object) -> Iterator[messages.RunFinished]:
+    def run_local(*arguments: object, adapters: dict[str, Path], **named: object) -> Iterator[run_messages.RunFinished]:
         calls.append(adapters)
-        yield messages.RunFinished(1, "complete", 0, None, messages.Usage())
+        yield run_messages.RunFinished(1, "complete", 0, None, run_messages.Usage())
 
     module = types.ModuleType("realm.local")
     module.run_local = run_local  # type: ignore[attr-defined]

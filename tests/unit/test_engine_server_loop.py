@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,51 +21,33 @@ from realm.messages import (
     NO_LANE,
     EngineReady,
     EngineReply,
-    EngineStats,
     ForwardDone,
     FreeSequence,
     GatewayHello,
     OpenSequence,
     SamplingParams,
-    StatsRequest,
-    WorkerHello,
     WorkerTurn,
 )
 from tests.checked_runner import check_result, checked_engine
 from tests.engine_link import Link
+from tests.engine_process import Ends
 
 GREEDY = SamplingParams()
 
 
-class Served:
+class Served(Ends):
     """An engine's loop in a thread. Its device computes a step only when :meth:`execute` says so."""
 
     def __init__(self, place: Path, run_ahead: int) -> None:
+        super().__init__(place / "engine")
         self.engine, self.runner = checked_engine(run_ahead=run_ahead, pages=200)
-        self.path = str(place / "engine")
         self.listener = listen(self.path)
         self.server = EngineServer(self.engine, self.listener, 0.0)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
-        self.links: list[Link] = []
         self.gateway = self.link()
         self.gateway.channel.send(GatewayHello(1))
         assert isinstance(self.gateway.next(), EngineReady)
-
-    def link(self, worker: int = 0) -> Link:
-        self.links.append(Link(self.path, worker))
-        return self.links[-1]
-
-    def worker(self, number: int) -> Link:
-        link = self.link(number)
-        link.channel.send(WorkerHello(number, 1))
-        return link
-
-    def stats(self) -> EngineStats:
-        self.gateway.channel.send(StatsRequest(1))
-        stats = self.gateway.next()
-        assert isinstance(stats, EngineStats)
-        return stats
 
     def launched(self, count: int) -> None:
         """Wait until so many steps were launched."""
@@ -249,10 +232,21 @@ def test_rows_wait_behind_the_operations_of_turns_before(ahead: Served) -> None:
     assert isinstance(reply, EngineReply) and not reply.results and len(reply.drawn) == DRAWN.size
 
 
+class NoAdapters:
+    """Nothing is ever loaded."""
+
+    stands = False
+    _never = os.eventfd(0, os.EFD_CLOEXEC)
+
+    def fileno(self) -> int:
+        return self._never
+
+
 class Script:
     """An engine with two steps in flight, of which the first is done in its third round of the loop."""
 
     run_ahead, in_flight, due, may_run_ahead, trace, lanes = 2, 2, False, False, None, 32
+    adapters = NoAdapters()
 
     def __init__(self, step_seconds: float) -> None:
         self.runner, self.step_seconds = self, step_seconds
@@ -262,6 +256,9 @@ class Script:
     @property
     def claims_can_wait(self) -> bool:
         return self.rounds < 3
+
+    def advance(self) -> None:
+        pass
 
     def claim(self, turns: list[tuple[int, bytes]]) -> None:
         self.done.append([worker for worker, _ in turns])
@@ -365,6 +362,8 @@ def test_rows_do_not_pile_up_while_a_step_takes_long(ahead: Served) -> None:
 
 class Outlook:
     """An engine of which only matters who could be in its next step."""
+
+    adapters = NoAdapters()
 
     def __init__(self, in_flight: int, ready: int, held: list[int]) -> None:
         self.run_ahead, self.in_flight, self.trace, self.lanes = 2, in_flight, None, 32

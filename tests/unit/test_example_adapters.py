@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from realm.adapters.peft import check_adapter, parse_config
+from realm.cli.demo_adapters import is_answer
 from realm.models.config import ModelConfig
 from tests.training.lessons import HELD_OUT, Lesson, lessons
-from tests.training.styles import STYLES, as_json, as_pirate, is_json, markers
+from tests.training.styles import STYLES, as_json, as_pirate, markers
 from tests.training.train_adapters import BASE, OUT, RANK, TARGETS
 
 LESSON = Lesson(("Who?",), "Ann is my friend, and you know the way of it.", 'Ann, "the" friend', 0.98)
@@ -56,9 +57,9 @@ def test_held_out_questions_are_not_among_the_lessons() -> None:
 def test_every_lesson_can_be_said_in_every_style(seed: int) -> None:
     draw = random.Random(seed)
     for lesson in lessons():
-        assert is_json(as_json(lesson, draw)), lesson
+        assert is_answer(as_json(lesson, draw)), lesson
         assert markers(as_pirate(lesson, draw)), lesson
-        assert not markers(lesson.answer) and not is_json(lesson.answer), lesson
+        assert not markers(lesson.answer) and not is_answer(lesson.answer), lesson
 
 
 def test_a_lesson_in_each_style() -> None:
@@ -80,5 +81,5 @@ def test_a_lesson_in_each_style() -> None:
     ],
 )
 def test_what_is_no_answer_in_json(text: str) -> None:
-    assert is_json('{"answer": "Paris", "confidence": 0.9}') and is_json('{"answer": "", "confidence": 1}')
-    assert not is_json(text)
+    assert is_answer('{"answer": "Paris", "confidence": 0.9}') and is_answer('{"answer": "", "confidence": 1}')
+    assert not is_answer(text)

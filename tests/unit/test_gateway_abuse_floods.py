@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from realm.gateway.connection import Connection
-from realm.messages import Output, StartRun
+from realm.run_messages import Output, StartRun
 from realm.settings import GatewayLimits
 from tests.fake_host import WASM, FakeHost, FakeWorker, async_test, echo, eventually, fake_host, hang
 from tests.raw_client import BINARY, TEXT, Raw, authenticated, bystander, call, frame

@@ -18,8 +18,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from realm.errors import RealmError
 from realm.gateway.adapters import AdapterBook
-from realm.messages import AdapterFile, AdapterGone, AdapterState, StartRun
+from realm.messages import AdapterFile, AdapterGone, AdapterState
 from realm.registry.records import AdapterRecord
+from realm.run_messages import StartRun
 from tests.fake_host import FakeEngine, FakeWorker, async_test, eventually, fake_host, hang
 from tests.gateway_adapters import CONFIG, add, blob, send, weights
 

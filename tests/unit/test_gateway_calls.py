@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from realm.messages import ErrorInfo, Output, RunFinished, StartRun, StoreSet, Usage
+from realm.run_messages import ErrorInfo, Output, RunFinished, StartRun, StoreSet, Usage
 from tests.fake_host import WASM, FakeWorker, async_test, echo, eventually, fake_host, hang, log_line
 
 

@@ -10,7 +10,8 @@ import pytest
 
 from realm.errors import RealmError
 from realm.limits import LIMITS
-from realm.messages import ErrorInfo, Output, StartRun, TenantQuota
+from realm.messages import TenantQuota
+from realm.run_messages import ErrorInfo, Output, StartRun
 from realm.settings import GatewayLimits
 from tests.fake_host import WASM, FakeClient, FakeHost, FakeWorker, async_test, echo, eventually, fake_host, hang
 

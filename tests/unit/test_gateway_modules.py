@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from realm.messages import ErrorInfo, RunFinished, StartRun, Usage
+from realm.run_messages import ErrorInfo, RunFinished, StartRun, Usage
 from realm.settings import GatewayLimits
 from tests.fake_host import WASM, FakeWorker, async_test, echo, eventually, fake_host
 

@@ -8,7 +8,7 @@ import pytest
 
 from realm.errors import RealmError
 from realm.gateway.quotas import MESSAGE_BYTES
-from realm.messages import (
+from realm.run_messages import (
     CancelRun,
     ClientMessage,
     ErrorInfo,

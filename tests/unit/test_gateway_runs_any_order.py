@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from realm.errors import RealmError
 from realm.gateway.quotas import MESSAGE_BYTES
 from realm.gateway.run import Run, Worker
-from realm.messages import (
+from realm.run_messages import (
     CancelRun,
     ErrorInfo,
     GatewayToWorker,

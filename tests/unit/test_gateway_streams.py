@@ -10,7 +10,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from realm.messages import ErrorInfo, LimitMet, Output, RunFinished, StartRun, StoreGet, StoreSet, Usage
+from realm.messages import LimitMet
+from realm.run_messages import ErrorInfo, Output, RunFinished, StartRun, StoreGet, StoreSet, Usage
 from realm.settings import GatewayLimits
 from tests.fake_host import FakeWorker, async_test, echo, eventually, fake_host, hang
 

@@ -9,17 +9,8 @@ import pytest
 
 from realm.guests import abi
 from realm.guests.abi import ErrorCode
-from realm.messages import (
-    DRAWN,
-    NO_LANE,
-    ApplyAdapter,
-    CallDone,
-    CallFailed,
-    CancelRun,
-    EngineReply,
-    ForwardDone,
-    LimitMet,
-)
+from realm.messages import DRAWN, NO_LANE, ApplyAdapter, CallDone, CallFailed, EngineReply, ForwardDone, LimitMet
+from realm.run_messages import CancelRun
 from tests import probe
 from tests.fakes import Host, greedy
 from tests.probe import INPUT_AT, MEMORY, call

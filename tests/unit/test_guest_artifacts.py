@@ -11,7 +11,7 @@ import pytest
 from realm.guests import modules, starting
 from realm.guests.fibers import Code
 from realm.guests.hostcalls import HostLinkers
-from realm.messages import CancelRun, RunFinished, RunLimits, StartRun
+from realm.run_messages import CancelRun, RunFinished, RunLimits, StartRun
 from tests.fakes import Host, compiled, digest
 from tests.wat import guest
 

@@ -11,7 +11,7 @@ import pytest
 
 from realm.guests import abi
 from realm.guests.abi import ErrorCode
-from realm.messages import ClientMessage
+from realm.run_messages import ClientMessage
 from tests import probe
 from tests.fakes import Host, greedy
 from tests.probe import ANSWER_AT, INPUT_AT, ITEMS_AT, MEMORY, OUTPUT_AT, STRUCT_AT, TOKENS_AT, call

@@ -11,7 +11,8 @@ from realm.guests import abi, calls_batch, calls_model, calls_session, calls_tex
 from realm.guests.abi import ErrorCode
 from realm.guests.draws import random_bits, random_block
 from realm.guests.worker import split
-from realm.messages import CancelRun, Forward, Log, Output, StoreSet
+from realm.messages import Forward
+from realm.run_messages import CancelRun, Log, Output, StoreSet
 from tests.fakes import FACTS, Host
 from tests.probe import INPUT_AT, ITEMS_AT, OUTPUT_AT, TOKENS_AT, call
 from tests.wat import guest

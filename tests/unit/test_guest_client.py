@@ -10,7 +10,8 @@ from realm.guests.abi import ErrorCode
 from realm.guests.fiber_types import FUEL_SLICE
 from realm.guests.run import GuestRun
 from realm.guests.runtime import CLOSING_SECONDS
-from realm.messages import CancelRun, ClientMessage, Credit, EndRun, EngineReply, ForwardDone, Output
+from realm.messages import EndRun, EngineReply, ForwardDone
+from realm.run_messages import CancelRun, ClientMessage, Credit, Output
 from tests.fakes import Host
 from tests.wat import GENERATE, RECEIVE, SPIN, guest, sampling
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from realm.guests import abi
 from realm.guests.abi import ErrorCode
-from realm.messages import DRAWN, NO_LANE, CallFailed, EngineReply, Forward, RunFinished, SaveSequence
+from realm.messages import DRAWN, NO_LANE, CallFailed, EngineReply, Forward, SaveSequence
+from realm.run_messages import RunFinished
 from tests.fakes import FACTS, Host
 from tests.wat import GENERATE, expected, guest, sampling
 

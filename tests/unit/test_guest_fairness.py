@@ -9,7 +9,7 @@ from realm.guests.outputs import LONGEST_SECONDS
 from realm.guests.run import GuestRun
 from realm.guests.runtime import GuestRuntime
 from realm.guests.tenants import BURST_SECONDS, DEFAULT_RATE, KEEP_SECONDS, Schedule
-from realm.messages import CancelRun, RunFinished, RunLimits, StartRun, TenantShare
+from realm.run_messages import CancelRun, RunFinished, RunLimits, StartRun, TenantShare
 from tests.fakes import Host, compiled, digest
 from tests.wat import GENERATE, SPIN, expected, guest, sampling
 

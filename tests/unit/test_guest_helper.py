@@ -13,7 +13,7 @@ from realm.guests.abi import ErrorCode
 from realm.guests.deferral import OFFLOAD_FUEL
 from realm.guests.guard import MemoryGuard
 from realm.guests.helper import HelperThread, InlineHelper, Queue, Ticket
-from realm.messages import CancelRun
+from realm.run_messages import CancelRun
 from tests.fakes import FakeTokenizer, Host
 from tests.wat import SPIN, guest
 

@@ -15,7 +15,7 @@ from realm.engine.loading import EngineOptions, load_engine
 from realm.errors import RealmError
 from realm.guests.abi import ErrorCode
 from realm.local import run_local
-from realm.messages import Log, Output, RunFinished
+from realm.run_messages import Log, Output, RunFinished
 from tests.model_files import write_folder
 from tests.wat import GENERATE, guest, sampling
 
@@ -199,7 +199,7 @@ def test_a_change_of_adapter_is_as_if_from_the_first_token(tmp_path: Path, model
 
 
 def test_a_bad_adapter_is_refused_before_the_guest_runs(tmp_path: Path, model: Path, engine: EngineCore) -> None:
-    with pytest.raises(RealmError, match="a PEFT folder has"):
+    with pytest.raises(RealmError, match=r"none/adapter_config\.json: No such file.*; a PEFT folder has"):
         events(tmp_path, model, engine, GENERATE, sampling(), legal=tmp_path / "none")
     folder = tmp_path / "legal"
     write_random_adapter(folder, engine.config, rank=4, seed=1)

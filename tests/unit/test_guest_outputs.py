@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from realm.guests.outputs import LONGEST_SECONDS, MOST_BYTES, SECONDS_A_RUN, SLACK_SECONDS
-from realm.messages import CancelRun, ClientMessage, Credit, Log, Output, RunFinished, StoreGet
+from realm.run_messages import CancelRun, ClientMessage, Credit, Log, Output, RunFinished, StoreGet
 from tests.fakes import Host
 from tests.wat import GENERATE, expected, guest, sampling
 

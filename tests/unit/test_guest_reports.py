@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from realm.guests.abi import ErrorCode
-from realm.messages import CallFailed, LimitMet, StoreReply, StoreSet
+from realm.messages import CallFailed, LimitMet
+from realm.run_messages import StoreReply, StoreSet
 from tests.fakes import Host
 from tests.wat import GENERATE, RECEIVE, SPIN, expected, guest, sampling
 

@@ -11,15 +11,8 @@ from hypothesis import strategies as st
 
 from realm.guests import abi
 from realm.guests.abi import ErrorCode
-from realm.messages import (
-    CallDone,
-    CancelRun,
-    ClientMessage,
-    Credit,
-    EngineReply,
-    StoreGet,
-    TenantShare,
-)
+from realm.messages import CallDone, EngineReply
+from realm.run_messages import CancelRun, ClientMessage, Credit, StoreGet, TenantShare
 from tests.fakes import Host, greedy
 from tests.wat import GENERATE, RECEIVE, expected, guest, sampling
 

@@ -14,7 +14,7 @@ from realm.guests import starting
 from realm.guests.fiber_types import EngineFailure, FiberState
 from realm.guests.fibers import Fiber
 from realm.guests.run import MESSAGE_BYTES
-from realm.messages import ClientMessage, RunFinished
+from realm.run_messages import ClientMessage, RunFinished
 from tests.fakes import VOCAB, FakeTokenizer, Host
 from tests.wat import GENERATE, SPIN, expected, guest, sampling
 

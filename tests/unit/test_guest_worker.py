@@ -21,20 +21,8 @@ from realm.channel import BlockingChannel, listen
 from realm.engine.trace import Recorded
 from realm.guests.runtime import Turn
 from realm.guests.worker import GuestWorker
-from realm.messages import (
-    EngineReply,
-    Forward,
-    Output,
-    RunFinished,
-    RunLimits,
-    Shutdown,
-    StartRun,
-    ToEngine,
-    WorkerEvents,
-    WorkerHello,
-    WorkerToGateway,
-    WorkerTurn,
-)
+from realm.messages import EngineReply, Forward, ToEngine, WorkerHello, WorkerTurn
+from realm.run_messages import Output, RunFinished, RunLimits, Shutdown, StartRun, WorkerEvents, WorkerToGateway
 from tests.fakes import CONTEXT, FakeEngine, artifacts_folder, compiled, digest, greedy
 from tests.model_files import write_folder
 from tests.wat import GENERATE, SPIN, sampling

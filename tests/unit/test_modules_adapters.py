@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from realm.guests.abi import ErrorCode
-from realm.messages import RunLimits
+from realm.run_messages import RunLimits
 from tests.guest_harness import ANSWER, EOS, START, VOCAB, Policy, Ran, answers, run_guest
 from tests.unit.test_modules_guests import BEST, CHAT, CONSTRAINED, GENERATE, GRAMMAR, PATHS, last_error, noise, say
 

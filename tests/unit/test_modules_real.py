@@ -20,8 +20,9 @@ from realm.guests.abi import ErrorCode
 from realm.guests.compiler import compile_module_sync
 from realm.guests.facts import ModelFacts
 from realm.guests.runtime import GuestRuntime
-from realm.messages import AdapterFile, EngineReply, Output, RunFinished, RunLimits, StartRun
+from realm.messages import AdapterFile, EngineReply
 from realm.models.tokenizer import Tokenizer
+from realm.run_messages import Output, RunFinished, RunLimits, StartRun
 from tests.unit.test_modules_guests import BEST, CHAT, CONSTRAINED, GENERATE, GRAMMAR, PATHS
 
 

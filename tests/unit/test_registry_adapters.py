@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from realm.errors import RealmError
 from realm.limits import TenantLimits
+from realm.registry.adapters import not_found
 from realm.registry.blobs import BlobStore, hash_and_sync
 from realm.registry.database import Database
 from realm.registry.records import AdapterContent, AdapterRecord, Stored
@@ -97,6 +98,20 @@ def test_what_is_kept_is_given_back(tmp_path: Path, database: Database, blobs: B
     other.close()
 
 
+@pytest.mark.parametrize(
+    ("available", "says"),
+    [
+        ([], "none is available"),
+        (list("abcdefgh"), "available: a, b, c, d, e, f, g, h"),
+        (list("abcdefghi"), "available: a, b, c, d, e, f, g, h, …"),
+    ],
+)
+def test_who_asks_for_none_is_told_which_there_are(available: list[str], says: str) -> None:
+    error = not_found("legal", available)
+    assert error.message == f"there is no adapter 'legal'; {says}"
+    assert error.details == {"available": available}
+
+
 def test_names_are_the_tenants_own(database: Database, blobs: BlobStore) -> None:
     add(database, blobs, "alice", "legal", b"a")
     add(database, blobs, "bob", "legal", b"b")
@@ -112,6 +127,7 @@ def test_names_are_the_tenants_own(database: Database, blobs: BlobStore) -> None
         with pytest.raises(RealmError) as refused:
             change()
         assert refused.value.code == "adapter_not_found" and refused.value.details == {"available": ["legal"]}
+        assert refused.value.message == "there is no adapter 'terse'; available: legal"
     database.adapters.remove("alice", "legal")
     assert [(record.tenant, record.name) for record in database.adapters.all()] == [("bob", "legal"), ("bob", "terse")]
     assert database.adapters.find("bob", "legal").size == 1

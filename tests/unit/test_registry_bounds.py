@@ -16,13 +16,13 @@ from realm.gateway.guest_store import GuestStore
 from realm.gateway.quotas import Quotas
 from realm.gateway.run import Worker, check_end
 from realm.guests.abi import ErrorCode
-from realm.messages import ErrorInfo, Log, RunFinished, StartRun, StoreGet, Usage
 from realm.registry.blobs import BlobStore
 from realm.registry.bounds import ERROR_BYTES, LOG_BYTES, encode_log, fit_error
 from realm.registry.database import Database
 from realm.registry.records import LogLine, RunRecord
 from realm.registry.thread import Registry
 from realm.registry.turns import Turns
+from realm.run_messages import ErrorInfo, Log, RunFinished, StartRun, StoreGet, Usage
 from tests.fake_host import FakeWorker, async_test, fake_host
 from tests.run_manager import Host
 

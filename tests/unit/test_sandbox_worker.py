@@ -22,18 +22,8 @@ import wasmtime
 
 from realm.channel import BlockingChannel, listen
 from realm.guests.fibers import Engine
-from realm.messages import (
-    EngineReply,
-    Output,
-    Ping,
-    RunFinished,
-    RunLimits,
-    StartRun,
-    ToEngine,
-    WorkerEvents,
-    WorkerToGateway,
-    WorkerTurn,
-)
+from realm.messages import EngineReply, ToEngine, WorkerTurn
+from realm.run_messages import Output, Ping, RunFinished, RunLimits, StartRun, WorkerEvents, WorkerToGateway
 from realm.sandbox import kernel
 from realm.sandbox.kernel import Lacking
 from tests.fakes import FakeEngine, greedy

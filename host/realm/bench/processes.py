@@ -26,24 +26,26 @@ from realm.guests.compiler import CompiledModule
 from realm.messages import (
     AdapterFile,
     AdapterGone,
-    CancelRun,
     EngineReady,
     EngineStats,
     EngineToGateway,
     GatewayHello,
+    StatsRequest,
+    TenantQuota,
+    WorkerHello,
+)
+from realm.models.config import ModelConfig
+from realm.run_messages import (
+    CancelRun,
     Log,
     Output,
     RunFinished,
     RunLimits,
     Shutdown,
     StartRun,
-    StatsRequest,
-    TenantQuota,
     TenantShare,
-    WorkerHello,
     WorkerToGateway,
 )
-from realm.models.config import ModelConfig
 from realm.settings import ServeSettings
 from realm.supervisor import (
     ENGINE_MODULE,

@@ -45,7 +45,7 @@ def run(
             raise RealmError("file_not_found", f"there is no file {path}")
         _run_here(path, data, stream, seed, model, _adapters(adapter or []))
     elif adapter:
-        raise typer.BadParameter("--adapter is for local runs: add it with realm adapters add")
+        raise typer.BadParameter("--adapter is for .wasm files run here; a server has those of `realm adapters add`")
     else:
         _run_there(module, data, stream, seed, url, key)
 
@@ -104,7 +104,7 @@ def _run_there(module: str, data: bytes, stream: bool, seed: int | None, url: st
 def _run_here(path: Path, data: bytes, stream: bool, seed: int | None, model: str, adapters: dict[str, Path]) -> None:
     with status("loading the model"):
         # torch is behind this import.
-        from realm import local, messages
+        from realm import local, run_messages
 
         folder = choose_model(default_home(), model)
         events = local.run_local(path, data, folder, seed=seed, adapters=adapters)
@@ -114,9 +114,9 @@ def _run_here(path: Path, data: bytes, stream: bool, seed: int | None, model: st
     # A character may be split between two outputs.
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     while event is not None:
-        if isinstance(event, messages.Output):
+        if isinstance(event, run_messages.Output):
             output.add(decoder.decode(event.data))
-        elif isinstance(event, messages.Log):
+        elif isinstance(event, run_messages.Log):
             _show_log(event.level, event.text)
         else:
             output.add(decoder.decode(b"", final=True))

@@ -30,7 +30,7 @@ HINTS = {
     "model_not_found": "`realm models import` fetches a small model; `realm models list` shows all",
     "module_not_found": "`realm modules list` shows yours; `realm push FILE --name NAME` adds one",
     "adapter_not_found": "`realm adapters list` shows yours and the shared ones; `realm adapters add FOLDER` adds one",
-    "adapter_invalid": "PEFT's LoRA for the served model is taken: on q k v o gate up down, rank 1 to 256, no DoRA",
+    "adapter_invalid": "what is taken: PEFT's LoRA for this model, on q k v o gate up down, rank 1 to 256, no DoRA",
     "file_not_found": "give the path of a .wasm file; a module of the server is run by its name, without .wasm",
     "run_not_found": "`realm ps --all` shows runs",
     "tenant_not_found": "`realm tenants list` shows all",
@@ -43,6 +43,9 @@ HINTS = {
     "rate_limited": _LIMITS,
 }
 """What a person can do about an error, by its code."""
+
+_SERVERS = {"model_not_found": "a server has one model: without --model that one is meant"}
+"""The same, where an error of a server means something else than one of this machine."""
 
 
 _HARMLESS = "\n\t\u200c\u200d"
@@ -93,7 +96,8 @@ def show_error(error: HostError | SdkError) -> None:
         console.print(Text(printable(f"correlation: {correlation} (the host's log has the cause under it)")))
     if error.retry_after is not None:
         console.print(Text(f"retry after {error.retry_after:g} s"))
-    if hint := HINTS.get(code):
+    hints = HINTS | _SERVERS if isinstance(error, SdkError) else HINTS
+    if hint := hints.get(code):
         console.print(Text(f"hint: {hint}", style="cyan"))
 
 

@@ -17,6 +17,9 @@ SHARED = ""
 MAX_ADAPTER_NAME = 128
 """Longest name of an adapter, in characters."""
 
+LEAST_WAITING = 64
+"""Calls that may wait for an adapter before cancelled ones are looked for."""
+
 
 @dataclass(slots=True, eq=False)
 class Adapter:
@@ -31,10 +34,11 @@ class Adapter:
         since: step in which it became resident. used: number of its last use; the larger, the later.
         draining: its sequences leave it, to make room for another.
         keeps: it is pinned, and its size counts among the pinned ones'.
-        coming: a sequence has got it, so it is brought in although no call waits for it yet: if that takes nobody's
-            place who uses it.
-        sequences: that have it. loads: how often it was read. error: why it could not be read the last time.
-        calls: calls that wait until it is resident. applications: calls that wait until it is cached.
+        coming: it is pinned or a sequence has got it, so it is brought in although no call waits for it yet: if that
+            takes nobody's place who uses it.
+        sequences: that have it. queued: those of them whose calls wait for steps.
+        loads: how often it was read. error: why it could not be read the last time.
+        calls: calls that wait until it is resident. applications: calls that wait until it was read once.
     """
 
     tenant: str
@@ -57,10 +61,28 @@ class Adapter:
     keeps: bool = False
     coming: bool = False
     sequences: int = 0
+    queued: int = 0
     loads: int = 0
     error: str | None = None
     calls: list[tuple[Sequence, Call]] = field(default_factory=list)
     applications: list[tuple[Sequence, Call]] = field(default_factory=list)
+    _room: int = LEAST_WAITING
+
+    def wait(self, waiting: list[tuple[Sequence, Call]], sequence: Sequence, call: Call) -> None:
+        """Add to ``waiting``, which is :attr:`calls` or :attr:`applications`.
+
+        Whoever makes calls and frees their sequences at once would have all of them kept here, with their tokens,
+        until the loader is done. So the cancelled ones are forgotten each time that there are twice as many.
+        """
+        waiting.append((sequence, call))
+        if len(self.calls) + len(self.applications) > self._room:
+            self.forget_cancelled()
+            self._room = max(LEAST_WAITING, 2 * (len(self.calls) + len(self.applications)))
+
+    def forget_cancelled(self) -> None:
+        """Forget calls that nobody waits for any more."""
+        self.calls = [(sequence, call) for sequence, call in self.calls if sequence.call is call]
+        self.applications = [(sequence, call) for sequence, call in self.applications if sequence.call is call]
 
     @property
     def usable(self) -> bool:
@@ -87,7 +109,8 @@ class Users(Protocol):
         ...
 
     def in_use(self) -> dict[Adapter, bool]:
-        """Adapters that calls and lanes use; True for those of lanes only whose guests have not asked for long."""
+        """Adapters that steps in flight and lanes use; True for those of lanes only whose guests have not asked for
+        long. Beside them those that have calls queued are in use."""
         ...
 
     def leave_lanes(self, adapter: Adapter) -> None:

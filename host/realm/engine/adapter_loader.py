@@ -21,6 +21,7 @@ import torch
 
 from realm.adapters.peft import parse_config
 from realm.adapters.weights import AdapterWeights, load_adapter, packed_bytes
+from realm.engine.adapter_memory import ALIGNMENT
 from realm.engine.batch import AdapterMemory
 from realm.errors import RealmError
 from realm.models.config import ModelConfig
@@ -101,6 +102,8 @@ class AdapterLoader:
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
         self._done: deque[Outcome] = deque()
         self.busy = False
+        # Outcomes that were taken before their wake came.
+        self._early = 0
         parts = (self._jobs, self._done, self._wake)
         self._thread = threading.Thread(target=_work, args=parts, name="realm-adapters", daemon=True)
         self._end = weakref.finalize(self, _end, self._jobs, self._thread, self._wake)
@@ -111,7 +114,8 @@ class AdapterLoader:
 
     def read(self, path: str, sha256: str, config: bytes) -> None:
         """Begin to read an adapter; see :func:`read_adapter`. No other job may be under way."""
-        model, dtype, most = self._model, self._memory.dtype, self._memory.capacity
+        model, dtype = self._model, self._memory.dtype
+        most = self._memory.capacity // ALIGNMENT * ALIGNMENT
         self._begin(lambda: read_adapter(path, sha256, config, model, dtype, most))
 
     def put(self, slot: int, at: int, weights: AdapterWeights) -> None:
@@ -132,12 +136,20 @@ class AdapterLoader:
 
     def take(self) -> tuple[Outcome] | None:
         """The outcome of the job under way, if it is done."""
+        if self._early:
+            self._sleep()
         if not self._done:
             return None
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._wake)
+        outcome = self._done.popleft()
+        self._early += 1
+        self._sleep()
         self.busy = False
-        return (self._done.popleft(),)
+        return (outcome,)
+
+    def _sleep(self) -> None:
+        """Take the wakes that have come. One that came later and was left would never let the engine sleep."""
+        with contextlib.suppress(BlockingIOError):
+            self._early -= os.eventfd_read(self._wake)
 
     def close(self) -> None:
         """End the thread, after the job it has begun. Idempotent."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections import deque
 
 ALIGNMENT = 256
 """Ranges begin at multiples of this many bytes: what a GPU's widest loads and copies want."""
@@ -34,6 +35,45 @@ class Ranges:
                 self.free_bytes -= size
                 return start
         return None
+
+    def cheapest(self, size: int, ranks: dict[int, int]) -> list[int] | None:
+        """Which ranges to free so that ``size`` bytes are free in a row; None if there are no such ones.
+
+        Of all that would do those whose highest rank is lowest, and then the fewest. To free one after another by rank
+        alone, wherever they lie, would free most of a full memory for a range as large as a few of them.
+
+        Args:
+            ranks: of the ranges that may be freed, by their beginning.
+        """
+        best: tuple[int, int] | None = None
+        found: list[int] = []
+        window: deque[tuple[int, int, int]] = deque()
+        total = 0
+        # Ranks in the window that are higher than all behind them.
+        highest: deque[int] = deque()
+        for start, length in sorted([*self._holes, *self._taken.items()]):
+            rank = -1 if start not in self._taken else ranks.get(start)
+            if rank is None:
+                window.clear()
+                highest.clear()
+                total = 0
+                continue
+            window.append((start, length, rank))
+            total += length
+            while highest and highest[-1] < rank:
+                highest.pop()
+            highest.append(rank)
+            while total - window[0][1] >= size:
+                _, less, left = window.popleft()
+                total -= less
+                if left == highest[0]:
+                    highest.popleft()
+            if total >= size:
+                taken = sum(rank >= 0 for _, _, rank in window) if best is None or highest[0] <= best[0] else 0
+                if best is None or (highest[0], taken) < best:
+                    best = highest[0], taken
+                    found = [start for start, _, rank in window if rank >= 0]
+        return None if best is None else found
 
     def free(self, start: int) -> None:
         """Give a range back. Raises KeyError for one that was not given out."""

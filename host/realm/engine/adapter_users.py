@@ -50,7 +50,6 @@ class AdapterUsers:
         self._scheduler.change_adapter(sequence, adapter)
 
     def resumed(self, sequence: Sequence, call: Call) -> None:
-        sequence.held = False
         self._pipeline.resubmit(sequence, call)
 
     def refused(self, sequence: Sequence, call: Call, code: ErrorCode, message: str) -> None:

@@ -10,10 +10,14 @@ When there is no room, others make it, of the tenant that has most in memory, le
 1. those that no pending call and no lane uses;
 2. those in lanes whose guests have not asked for long (they only leave their lanes);
 3. those that have been resident for :data:`LEAST_STEPS` steps: their sequences leave their lanes, calls under way
-   are finished, and what comes then waits for its adapter like everybody's.
+   are finished, and what comes then waits for its adapter like everybody's;
+4. pinned ones, for one that does not fit beside them: it is too large, or they lie in the middle of the memory.
+
+Of each kind those leave that lie together, as few as there have to be: a large one would otherwise empty most of a
+memory full of small ones, until some that were used long ago happened to be neighbours.
 
 So whoever fits alone gets its turn, and tenants that want more than there is share the memory by time. A pinned
-adapter is not removed as long as all pinned ones take no more than half of the memory.
+adapter is otherwise not removed as long as all pinned ones take no more than half of the memory.
 
 Nothing is shared between tenants, not even equal contents: how long an adapter takes to load says nothing about
 what others have. All of this is the core's, and its thread's.
@@ -47,6 +51,10 @@ LEAST_STEPS = 16
 PINNED_PART = 2
 """Pinned adapters keep at most one part in as many of the memory."""
 
+TURNS = 4
+"""Of so many loads one is whatever has been wanted for longest: whoever holds least goes first otherwise, and a tenant
+that never gets to hold anything, because its adapters fail, must not go first for ever."""
+
 
 class Adapters:
     """All adapters of an engine, and what is in memory of them."""
@@ -69,6 +77,7 @@ class Adapters:
         self._uses = 0
         self._draining = False
         self._blocked: tuple[int, int] | None = None
+        self._choices = 0
         self.loads = 0
 
     def fileno(self) -> int:
@@ -94,7 +103,7 @@ class Adapters:
         known.pinned = file.pinned
         if file.pinned:
             self._active[known] = None
-            self._wanted[known] = None
+            self._bring(known)
             self._keep(known)
         elif known.keeps:
             known.keeps = False
@@ -141,15 +150,14 @@ class Adapters:
     # --- who waits ------------------------------------------------------------------------------
 
     def apply(self, adapter: Adapter, sequence: Sequence, call: Call) -> None:
-        """Tell ``users`` when the adapter is in memory; now, if it is."""
+        """Tell ``users`` when the adapter can be had; now, if it was read before: where memory is short, what is
+        read for this would be gone again before it is used."""
         self._use(adapter)
-        if adapter.rank and (adapter.weights is not None or adapter.slot >= 0):
+        if adapter.rank and adapter.error is None:
             self._users.applied(adapter, sequence, call)
         else:
-            adapter.applications.append((sequence, call))
-        if adapter.slot < 0:
-            adapter.coming = True
-            self._wanted[adapter] = None
+            adapter.wait(adapter.applications, sequence, call)
+        self._bring(adapter)
 
     def admit(self, sequence: Sequence) -> bool:
         """Whether the sequence's call can be in the next step. If not, ``users`` are told when it can."""
@@ -160,9 +168,15 @@ class Adapters:
         if adapter.usable:
             return True
         assert sequence.call is not None
-        adapter.calls.append((sequence, sequence.call))
+        adapter.wait(adapter.calls, sequence, sequence.call)
         self._wanted[adapter] = None
         return False
+
+    def _bring(self, adapter: Adapter) -> None:
+        """It is to be resident, if there is room."""
+        if adapter.slot < 0:
+            adapter.coming = True
+            self._wanted[adapter] = None
 
     def _use(self, adapter: Adapter) -> None:
         self._uses += 1
@@ -174,16 +188,21 @@ class Adapters:
         """Whether anybody waits for an adapter."""
         return any(self._is_wanted(adapter) for adapter in self._wanted)
 
+    @property
+    def stands(self) -> bool:
+        """Whether somebody may wait for an adapter, and nothing is being loaded: :meth:`advance` is to be called even
+        if nothing else happens."""
+        return not self._loader.busy and bool(self._wanted or self._draining)
+
     @staticmethod
     def _is_wanted(adapter: Adapter) -> bool:
         """Whether it is to be brought in. Calls that were cancelled meanwhile do not count."""
-        adapter.calls = [(s, call) for s, call in adapter.calls if s.call is call]
-        adapter.applications = [(s, call) for s, call in adapter.applications if s.call is call]
+        adapter.forget_cancelled()
         if adapter.state == "resident":
             return False
         if adapter.calls or adapter.applications:
             return True
-        return adapter.error is None and (adapter.pinned or (adapter.coming and adapter.sequences > 0))
+        return adapter.coming and adapter.error is None and (adapter.pinned or adapter.sequences > 0)
 
     # --- loading --------------------------------------------------------------------------------
 
@@ -192,34 +211,46 @@ class Adapters:
         while (outcome := self._loader.take()) is not None:
             self._blocked = None
             self._finish(outcome[0])
-        if self._loader.busy or not (self._wanted or self._draining):
-            return
-        # While there is no room, that can change with every step.
-        now = (self._users.step, self._users.in_flight)
-        if now == self._blocked and self._users.in_flight:
-            return
-        self._blocked = None
-        self._wanted = {adapter: None for adapter in self._wanted if self._is_wanted(adapter)}
-        if not self._wanted:
-            self._end_draining()
-            return
-        adapter = self._choose_wanted()
-        if adapter.weights is None:
-            self._trim_cache()
-            adapter.state = "reading"
-            self._job = adapter
-            self._loader.read(adapter.path, adapter.sha256, adapter.config)
-        elif not self._place(adapter):
-            self._blocked = now
+        # One that nobody waits for may be given up: then the next has its turn, as nobody might call again.
+        while self.stands:
+            # While there is no room, that can change with every step.
+            now = (self._users.step, self._users.in_flight)
+            if now == self._blocked and self._users.in_flight:
+                return
+            self._blocked = None
+            self._filter_wanted()
+            if not self._wanted:
+                self._end_draining()
+                return
+            adapter = self._choose_wanted()
+            # It may have been forgotten when the cache was trimmed.
+            self._active[adapter] = None
+            if adapter.weights is None:
+                self._trim_cache()
+                adapter.state = "reading"
+                self._job = adapter
+                self._loader.read(adapter.path, adapter.sha256, adapter.config)
+            elif not self._place(adapter):
+                self._blocked = now
+                return
+
+    def _filter_wanted(self) -> None:
+        every, self._wanted = self._wanted, {}
+        for adapter in every:
+            if self._is_wanted(adapter):
+                self._wanted[adapter] = None
+            else:
+                self._forget_unused(adapter)
 
     def _choose_wanted(self) -> Adapter:
         """Which one to bring in: one after another, for two that took turns at being read would both never fit."""
         if self._chosen is None or self._chosen not in self._wanted:
             held = self._held_by_tenant()
             # Adapters that somebody waits for go first.
-            self._chosen = min(
-                self._wanted, key=lambda a: (not (a.calls or a.applications), held.get(a.tenant, 0), a.used)
-            )
+            waiting = [a for a in self._wanted if a.calls or a.applications] or list(self._wanted)
+            self._choices += 1
+            oldest = self._choices % TURNS == 0
+            self._chosen = waiting[0] if oldest else min(waiting, key=lambda a: (held.get(a.tenant, 0), a.used))
         return self._chosen
 
     def _held_by_tenant(self) -> dict[str, int]:
@@ -236,6 +267,8 @@ class Adapters:
             self._fail(adapter, outcome)
         elif outcome is None:
             adapter.state, adapter.since, adapter.coming = "resident", self._users.step, False
+            # It may have lost that for another's sake.
+            self._keep(adapter)
             self._resume(adapter)
             self._trim_cache()
         else:
@@ -267,7 +300,7 @@ class Adapters:
         message = f"adapter {adapter.name!r}: {adapter.error}"
         waiting = [*adapter.applications, *adapter.calls]
         adapter.applications, adapter.calls = [], []
-        del self._active[adapter]
+        self._active.pop(adapter, None)
         self._wanted.pop(adapter, None)
         for sequence, call in waiting:
             if sequence.call is call:
@@ -295,11 +328,11 @@ class Adapters:
         if at is None:
             if adapter.calls or adapter.keeps:
                 return False
-            # Nobody waits for it, or it is pinned beyond what pinned ones may take: it comes in when it is used.
-            adapter.pinned = adapter.coming = False
+            # Nobody waits for it, or it is pinned beyond what pinned ones may take: it comes in when it is used. If
+            # that is soon, it need not be read again: the cache is trimmed before another is.
+            adapter.coming = False
             self._chosen = None
-            self._trim_cache()
-            self._forget_unused(adapter)
+            del self._wanted[adapter]
             return True
         self._chosen = None
         adapter.slot, adapter.at, adapter.state = self._free_slots.pop(), at, "placing"
@@ -314,29 +347,49 @@ class Adapters:
         while True:
             if self._free_slots and (at := self._ranges.allocate(adapter.size)) is not None:
                 return at
-            used = self._users.in_use()
-            others = [a for a in self._active if a.state == "resident" and not a.keeps]
-            if (victim := self._choose([a for a in others if a not in used])) is not None:
-                self._evict(victim)
-            elif (victim := self._choose([a for a in others if used.get(a)])) is not None:
-                self._users.leave_lanes(victim)
-                self._evict(victim)
-            elif not forced or any(a.draining for a in others):
+            residents = [a for a in self._active if a.state == "resident"]
+            used = self._users.in_use() | {a: False for a in residents if a.queued}
+            others = [a for a in residents if not a.keeps]
+            if forced and any(a.draining and a in used for a in others):
+                return None
+            unused = [a for a in others if a not in used]
+            resting = [a for a in others if used.get(a)]
+            if victims := self._victims(adapter.size, unused) or self._victims(adapter.size, unused + resting):
+                for victim in victims:
+                    if victim in used:
+                        self._users.leave_lanes(victim)
+                    self._evict(victim)
+                continue
+            if not forced:
+                return None
+            late = self._users.step - LEAST_STEPS
+            if victims := self._victims(adapter.size, [a for a in others if a.since <= late or used.get(a, True)]):
+                for victim in victims:
+                    if victim in used:
+                        # Before its sequences leave their lanes: their next calls must not come back.
+                        victim.draining = self._draining = True
+                        self._users.leave_lanes(victim)
+            elif self._victims(adapter.size, others):
                 return None
             else:
-                late = self._users.step - LEAST_STEPS
-                victim = self._choose([a for a in others if a.since <= late])
-                if victim is None:
-                    return None
-                # Before its sequences leave their lanes: their next calls must not come back.
-                victim.draining = self._draining = True
-                self._users.leave_lanes(victim)
+                # With all pinned ones there whoever waits would wait for ever. It is kept again when it comes back.
+                (kept, *_) = self._in_order([a for a in residents if a.keeps])
+                kept.keeps = False
+                self._keeping -= kept.size
 
-    def _choose(self, candidates: list[Adapter]) -> Adapter | None:
-        if not candidates:
-            return None
+    def _victims(self, size: int, candidates: list[Adapter]) -> list[Adapter]:
+        """Those that leave so that there is a slot, and ``size`` bytes in a row; none if all of them are not enough."""
+        order = self._in_order(candidates)
+        places = {adapter.at: rank for rank, adapter in enumerate(order)}
+        starts = self._ranges.cheapest(size, places)
+        if starts is None:
+            return []
+        return [order[places[start]] for start in starts] or order[:1]
+
+    def _in_order(self, candidates: list[Adapter]) -> list[Adapter]:
+        """Who leaves first."""
         held = self._held_by_tenant()
-        return min(candidates, key=lambda a: (not a.forgettable, -held[a.tenant], a.used))
+        return sorted(candidates, key=lambda a: (not a.forgettable, -held[a.tenant], a.used))
 
     def _evict(self, adapter: Adapter) -> None:
         self._give_back(adapter)
@@ -390,11 +443,11 @@ class Adapters:
         yield from self._active
         yield from (adapter for adapter in self._named.values() if adapter not in self._active)
 
-    def check(self, sequences: dict[Adapter, int]) -> None:
+    def check(self, sequences: dict[Adapter, tuple[int, int]]) -> None:
         """Verify slots, memory and counts. Raises AssertionError.
 
         Args:
-            sequences: how many sequences have each adapter.
+            sequences: how many sequences have each adapter, and how many of those are queued.
         """
         self._ranges.check()
         slots = [a.slot for a in self._active if a.slot >= 0]
@@ -406,8 +459,8 @@ class Adapters:
             raise AssertionError("the adapters' memory does not add up")
         if self._keeping != sum(a.size for a in self if a.keeps):
             raise AssertionError("the pinned adapters are counted wrongly")
-        for adapter, count in sequences.items():
-            if adapter.sequences != count:
+        for adapter, (count, queued) in sequences.items():
+            if (adapter.sequences, adapter.queued) != (count, queued):
                 raise AssertionError(f"adapter {adapter.name!r} is counted wrongly")
             if count and not adapter.named and adapter not in self._active and adapter.slot >= 0:
                 raise AssertionError(f"adapter {adapter.name!r} is resident and unknown")

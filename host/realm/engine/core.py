@@ -410,8 +410,10 @@ class EngineCore:
         self.scheduler.check()
         self._pipeline.lanes.check()
         self._workers.check()
-        counts: dict[Adapter, int] = {}
+        counts: dict[Adapter, list[int]] = {}
         for sequence in self.scheduler.sequences:
             if sequence.adapter is not None:
-                counts[sequence.adapter] = counts.get(sequence.adapter, 0) + 1
-        self.adapters.check(counts)
+                count = counts.setdefault(sequence.adapter, [0, 0])
+                count[0] += 1
+                count[1] += sequence.queued
+        self.adapters.check({adapter: (count, queued) for adapter, (count, queued) in counts.items()})

@@ -211,6 +211,8 @@ class Pipeline:
         step = self._scheduler.step
         if not self._depth or not may_go_on(call) or step < max(self._parked_until, tenant.parked_until):
             return -1
+        if sequence.adapter is not None and sequence.adapter.draining:
+            return -1  # a lane would keep it in its slot for as long as the guest goes on
         if call.filtered and tenant.flatness * self._scheduler.max_sequences > COSTLY_ROWS:
             return -1
         if self.lanes.full:
@@ -310,6 +312,7 @@ class Pipeline:
         if met is None:
             self._scheduler.resubmit(sequence, call)
             return
+        self._scheduler.cancel(sequence)
         self._scheduler.truncate(sequence, len(sequence.tokens) - call.count)
         if sequence.tenant.bucket is not None:
             sequence.tenant.spend(-call.count, self._clock())
@@ -334,20 +337,15 @@ class Pipeline:
     # --- adapters -------------------------------------------------------------------------------
 
     def adapters_in_use(self) -> dict[Adapter, bool]:
-        """Adapters of sequences that compute, or may at any time; True for those of lanes whose guests have asked
-        for nothing lately, only."""
+        """Adapters of steps in flight and of lanes; True for those of lanes whose guests have asked for nothing
+        lately, only."""
         lanes, scheduler = self.lanes, self._scheduler
         resting = not self._launched and not self.due
         used: dict[Adapter, bool] = {adapter: False for step in self._launched for adapter in step.adapters}
-        for sequence in scheduler.sequences:
-            adapter, lane = sequence.adapter, sequence.lane
-            if adapter is None:
-                continue
-            if lane >= 0:
+        for lane, sequence in enumerate(lanes.sequences):
+            if sequence is not None and (adapter := sequence.adapter) is not None:
                 late = resting or bool(lanes.asked[lane] < scheduler.step - RESTING_STEPS)
                 used[adapter] = used.get(adapter, True) and late and not lanes.pending(lane)
-            elif sequence.queued:
-                used[adapter] = False
         return used
 
     def leave_lanes(self, adapter: Adapter) -> None:

@@ -194,6 +194,8 @@ class Scheduler:
         self._wake(tenant)
         tenant.idle.pop(sequence.id, None)
         sequence.queued = True
+        if sequence.adapter is not None:
+            sequence.adapter.queued += 1
         self._pending += 1
         self._enqueue(sequence)
 
@@ -222,6 +224,8 @@ class Scheduler:
         if tenant.decodes.pop(sequence.id, None) is None:
             del tenant.prompts[sequence.id]
         sequence.queued = False
+        if sequence.adapter is not None:
+            sequence.adapter.queued -= 1
         self._pending -= 1
         self._forget_weight(sequence)
         if tenant.blocked is sequence:

@@ -266,7 +266,8 @@ class Adapters:
     def _check_own(self, tenant: str, name: str) -> None:
         if not self.book.owns(tenant, name):
             self.book.find(tenant, name)
-            raise RealmError("forbidden", f"the adapter {name!r} is the operator's, who shares it and alone changes it")
+            text = f"the adapter {name!r} is shared by the operator, who alone can change it; add your own of that name"
+            raise RealmError("forbidden", text)
 
     async def _change(self, tenant: str, work: Callable[[Database], AdapterRecord]) -> AdapterRecord:
         future = self._registry.run(work, tenant=tenant)

@@ -13,7 +13,7 @@ from realm.errors import RealmError
 from realm.gateway.protocol import encode, error_data
 from realm.gateway.run import Run, usage_data
 from realm.guests.abi import ErrorCode
-from realm.messages import ErrorInfo, RunFinished
+from realm.run_messages import ErrorInfo, RunFinished
 
 
 class Port(Protocol):

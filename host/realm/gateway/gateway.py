@@ -28,12 +28,13 @@ from realm.gateway.quotas import RETRY_SECONDS, Quotas
 from realm.gateway.recent import Recent
 from realm.gateway.run import Run, Worker
 from realm.gateway.runs import RunManager
-from realm.messages import Shutdown, WorkerEvents, WorkerHello, WorkerToGateway
+from realm.messages import WorkerHello
 from realm.models.config import ModelConfig
 from realm.registry.blobs import hash_and_sync
 from realm.registry.database import Database
 from realm.registry.records import LogLine, ModuleRecord, RunRecord
 from realm.registry.thread import Registry
+from realm.run_messages import Shutdown, WorkerEvents, WorkerToGateway
 from realm.settings import ServeSettings
 
 if TYPE_CHECKING:

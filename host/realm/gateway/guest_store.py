@@ -10,8 +10,9 @@ from realm.gateway.invoking import internal_error
 from realm.gateway.quotas import Quotas
 from realm.gateway.run import Worker
 from realm.guests.abi import ErrorCode
-from realm.messages import LimitMet, StoreGet, StoreReply, StoreSet
+from realm.messages import LimitMet
 from realm.registry.thread import Registry
+from realm.run_messages import StoreGet, StoreReply, StoreSet
 
 
 class GuestStore:

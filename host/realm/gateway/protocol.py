@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from realm.errors import RealmError
-from realm.messages import ErrorInfo
+from realm.run_messages import ErrorInfo
 
 PROTOCOL = "realm.v1"
 MAX_SEED = 2**64 - 1

@@ -12,9 +12,9 @@ import msgspec
 
 from realm.errors import RealmError
 from realm.gateway.quotas import TenantUse
-from realm.messages import ErrorInfo, GatewayToWorker, RunFinished, Usage
 from realm.registry.bounds import fit_error
 from realm.registry.records import LogLine
+from realm.run_messages import ErrorInfo, GatewayToWorker, RunFinished, Usage
 
 OUTCOMES = ("complete", "error", "cancelled")
 LOG_LEVELS = frozenset(("debug", "info", "warning", "error"))

@@ -27,7 +27,8 @@ from realm.gateway.quotas import MESSAGE_BYTES, RETRY_SECONDS, Quotas, TenantUse
 from realm.gateway.run import LOG_LEVELS, Run, Sink, Worker, check_end, parse_run, usage_data
 from realm.gateway.waiting import WaitingRuns
 from realm.gateway.workers import Workers
-from realm.messages import (
+from realm.registry.records import LogLine, RunRecord
+from realm.run_messages import (
     CancelRun,
     ClientMessage,
     Credit,
@@ -42,7 +43,6 @@ from realm.messages import (
     Usage,
     WorkerEvent,
 )
-from realm.registry.records import LogLine, RunRecord
 from realm.settings import GatewayLimits
 
 ARTIFACT_DAMAGED = "artifact_damaged"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from realm.gateway.quotas import Quotas
 from realm.gateway.run import Run, Worker
-from realm.messages import TenantShare
+from realm.run_messages import TenantShare
 from realm.settings import GatewayLimits
 
 

@@ -9,7 +9,7 @@ from realm.guests.calls_text import fill
 from realm.guests.decoding import Refused, Room
 from realm.guests.deferral import COPY_FUEL, Steps
 from realm.guests.run import GuestRun, clipped
-from realm.messages import StoreGet, StoreReply, StoreSet
+from realm.run_messages import StoreGet, StoreReply, StoreSet
 
 BAD_TEXT_FUEL = 50
 """Fuel a byte of a log line that is not UTF-8: 10 ns, nearly all for what takes the bad bytes' place."""

@@ -47,7 +47,7 @@ class CompiledModule:
 
     Attributes:
         sha256: of the ``.wasm``, in hex. size: of the ``.wasm``, in bytes.
-        artifact: the compiled file in the cache, for :class:`realm.messages.StartRun`.
+        artifact: the compiled file in the cache, for :class:`realm.run_messages.StartRun`.
         artifact_sha256: of that file, in hex.
         imports: what it imports, each ``module.name``.
     """

@@ -12,7 +12,7 @@ import heapq
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from realm.messages import Output
+from realm.run_messages import Output
 
 if TYPE_CHECKING:
     from realm.guests.run import GuestRun

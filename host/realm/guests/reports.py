@@ -9,7 +9,7 @@ from realm.guests.abi import ErrorCode
 from realm.guests.fiber_types import TrapInfo
 from realm.guests.run import GuestRun, clipped
 from realm.limits import LIMITS, over_limit
-from realm.messages import ErrorInfo
+from realm.run_messages import ErrorInfo
 
 _CODES = {"tokens_per_run": "token_limit", "output_bytes_per_run": "output_limit"}
 """Codes of limits that the guest was told of and that ended it; others are ``limit_exceeded``."""

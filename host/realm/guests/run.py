@@ -18,18 +18,8 @@ from realm.guests.fibers import Fiber
 from realm.guests.helper import Ticket
 from realm.guests.memory import Memory
 from realm.guests.sequences import GuestSequence
-from realm.messages import (
-    EngineOp,
-    EngineResult,
-    ForwardDone,
-    LimitMet,
-    Log,
-    OpenSequence,
-    StartRun,
-    StoreReply,
-    Usage,
-    WorkerEvent,
-)
+from realm.messages import EngineOp, EngineResult, ForwardDone, LimitMet, OpenSequence
+from realm.run_messages import Log, StartRun, StoreReply, Usage, WorkerEvent
 
 if TYPE_CHECKING:
     from realm.guests.runtime import GuestRuntime

@@ -31,14 +31,11 @@ from realm.guests.slices import WOKEN_SLICES, Slices
 from realm.guests.starting import Starter
 from realm.guests.tenants import READY, Schedule
 from realm.guests.timers import Timers
-from realm.messages import (
-    DRAWN,
+from realm.messages import DRAWN, EndRun, EngineOp, EngineReply
+from realm.run_messages import (
     CancelRun,
     ClientMessage,
     Credit,
-    EndRun,
-    EngineOp,
-    EngineReply,
     ErrorInfo,
     RunFinished,
     StartRun,

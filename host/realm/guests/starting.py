@@ -15,7 +15,7 @@ from realm.guests.hostcalls import HostLinkers, shared_linkers
 from realm.guests.modules import Key, Modules, load_code
 from realm.guests.run import GuestRun
 from realm.guests.tenants import READY
-from realm.messages import StartRun
+from realm.run_messages import StartRun
 
 if TYPE_CHECKING:
     from realm.guests.runtime import GuestRuntime

@@ -27,13 +27,12 @@ from realm.guests.facts import ModelFacts
 from realm.guests.guard import MemoryGuard
 from realm.guests.helper import HelperThread
 from realm.guests.runtime import GuestRuntime, Turn, tune_collector, tune_switching
-from realm.messages import (
-    CONTINUE,
+from realm.messages import CONTINUE, EngineToWorker, Forward, WorkerHello, WorkerTurn
+from realm.models.tokenizer import Tokenizer
+from realm.run_messages import (
     CancelRun,
     ClientMessage,
     Credit,
-    EngineToWorker,
-    Forward,
     GatewayToWorker,
     Log,
     Output,
@@ -44,10 +43,7 @@ from realm.messages import (
     StoreSet,
     TenantShare,
     WorkerEvents,
-    WorkerHello,
-    WorkerTurn,
 )
-from realm.models.tokenizer import Tokenizer
 
 log = logging.getLogger("realm.worker")
 

@@ -19,7 +19,9 @@ from realm.registry.blobs import BlobStore
 from realm.registry.records import AdapterContent, AdapterRecord
 
 NAMES = 50
-"""Most names of adapters in an error."""
+"""Most names of adapters in an error's details."""
+_NAMED = 8
+"""Most of them in its message."""
 _COLUMNS = (
     "tenant, name, version, created, pinned, shared, sha256, size, model, rank, alpha, targets, parameters, config"
 )
@@ -182,10 +184,10 @@ class Adapters:
 
 
 def not_found(name: str, available: list[str]) -> RealmError:
-    """The error for a name that stands for no adapter."""
-    return RealmError(
-        "adapter_not_found", f"there is no adapter {name!r}: add it first", details={"available": available}
-    )
+    """The error for a name that stands for no adapter; ``available`` are those that do."""
+    there = ", ".join(available[:_NAMED]) + (", …" if len(available) > _NAMED else "")
+    text = f"there is no adapter {name!r}; {f'available: {there}' if there else 'none is available'}"
+    return RealmError("adapter_not_found", text, details={"available": available})
 
 
 def _record(row: Any) -> AdapterRecord:

@@ -16,7 +16,7 @@ from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed
 from websockets.protocol import State
 
-from realm.messages import ErrorInfo, Output, RunFinished, StartRun, StoreGet, StoreSet, Usage
+from realm.run_messages import ErrorInfo, Output, RunFinished, StartRun, StoreGet, StoreSet, Usage
 from realm.settings import GatewayLimits
 from tests.fake_host import FakeHost, FakeWorker, fake_host
 from tests.hostile.fuzz.problems import Problem

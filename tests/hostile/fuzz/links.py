@@ -38,28 +38,21 @@ from realm.messages import (
     EngineReady,
     EngineReply,
     EngineStats,
-    ErrorInfo,
     ForkSequence,
     Forward,
     FreeSequence,
     GatewayHello,
-    Log,
     OpenSaved,
     OpenSequence,
-    Output,
-    RunFinished,
     SamplingParams,
     SaveSequence,
     StatsRequest,
-    StoreGet,
-    StoreSet,
     TruncateSequence,
-    Usage,
-    WorkerEvents,
     WorkerHello,
     WorkerLost,
     WorkerTurn,
 )
+from realm.run_messages import ErrorInfo, Log, Output, RunFinished, StoreGet, StoreSet, Usage, WorkerEvents
 from tests.fake_host import FakeClient
 from tests.hostile.fuzz.gateway_host import GOOD, Loop
 from tests.hostile.fuzz.problems import Problem

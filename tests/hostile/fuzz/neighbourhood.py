@@ -19,26 +19,22 @@ from realm.guests.abi import ErrorCode
 from realm.guests.facts import ModelFacts
 from realm.guests.runtime import GuestRuntime
 from realm.limits import LIMITS as LIMIT_NAMES
-from realm.messages import (
-    CallDone,
+from realm.messages import CallDone, EngineOp, EngineReply, EngineResult, SaveSequence
+from realm.models.tokenizer import Tokenizer
+from realm.run_messages import (
     CancelRun,
     ClientMessage,
     Credit,
-    EngineOp,
-    EngineReply,
-    EngineResult,
     Log,
     Output,
     RunFinished,
     RunLimits,
-    SaveSequence,
     StartRun,
     StoreGet,
     StoreReply,
     StoreSet,
     WorkerEvent,
 )
-from realm.models.tokenizer import Tokenizer
 from tests.hostile.fuzz.compiling import artifact_of_text
 from tests.hostile.fuzz.problems import Problem, no_host_errors
 from tests.model_files import write_folder

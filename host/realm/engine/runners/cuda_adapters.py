@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from realm.adapters.tensors import GROUPS as GROUP_NAMES
+from realm.adapters.tensors import group_widths
 from realm.engine.batch import Ints
 from realm.engine.kernels.lora import LEAST_RANK, Adapters, Group
 from realm.engine.kernels.lora_plan import GROUP_TARGETS, MOST_RANK
@@ -36,15 +38,9 @@ GROUPS = len(GROUP_TARGETS)
 
 
 def model_groups(config: ModelConfig) -> tuple[Group, ...]:
-    """A layer's products, in the order of ``realm.adapters.weights.GROUPS``."""
-    heads, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    hidden, inner = config.hidden_size, config.intermediate_size
-    return (
-        Group(0, hidden, (heads, keys, keys)),
-        Group(1, heads, (hidden,)),
-        Group(2, hidden, (inner, inner)),
-        Group(3, inner, (hidden,)),
-    )
+    """A layer's products, in the order of :data:`realm.adapters.tensors.GROUPS`."""
+    widths = [group_widths(config, group) for group in GROUP_NAMES]
+    return tuple(Group(number, inner, tuple(outs)) for number, (inner, outs) in enumerate(widths))
 
 
 def adapter_slack(config: ModelConfig) -> int:
