@@ -12,6 +12,7 @@ from torch import Tensor
 from realm.adapters.weights import AdapterWeights
 from realm.engine.kernels.lora import Adapters, Group, lora_expand, lora_shrink, splits, workspace_size
 from realm.engine.kernels.lora_plan import lora_plan
+from realm.engine.runners.cuda import CudaRunner
 from realm.engine.runners.cuda_adapters import model_groups
 from realm.models.config import ModelConfig
 from realm.models.llama import LlamaModel
@@ -163,3 +164,11 @@ def merge(model: LlamaModel, adapter: AdapterWeights) -> LlamaModel:
                     part.copy_(part.double() + b @ a)
                     first += width
     return model
+
+
+def fill(runner: CudaRunner, adapters: Sequence[AdapterWeights]) -> None:
+    """Slot i gets the i-th; they lie one after another."""
+    at = 0
+    for slot, adapter in enumerate(adapters):
+        runner.adapters.put(slot, at, adapter)
+        at += -(-adapter.nbytes // 256) * 256

@@ -256,6 +256,22 @@ print(len(os.listdir("/proc/self/task")) - threads)
 """
 
 
+def test_loading_rests_after_each_tensor(tmp_path: Path) -> None:
+    """Whoever loads beside running steps lets them go first."""
+    model = SHAPES["smollm2-135m"]
+    write_random_adapter(tmp_path, model, rank=4, targets=("q_proj", "down_proj"), seed=1)
+    rests = 0
+
+    def rest() -> None:
+        nonlocal rests
+        rests += 1
+
+    config = parse_config((tmp_path / CONFIG_FILE).read_bytes())
+    rested = load_adapter(tmp_path / TENSORS_FILE, config, model, torch.bfloat16, rest)
+    assert rests == 2 * 2 * model.layers
+    assert torch.equal(rested.data, load_adapter(tmp_path / TENSORS_FILE, config, model, torch.bfloat16).data)
+
+
 def test_loading_holds_little_more_than_the_result_and_starts_no_threads(tmp_path: Path) -> None:
     model = SHAPES["llama-3.2-1b"]
     write_random_adapter(tmp_path, model, rank=64, seed=1, alpha=16, dtype="F32")

@@ -28,7 +28,7 @@ from realm.models.config import ModelConfig
 from realm.models.llama import LlamaModel
 from realm.models.loading import load_weights
 from realm.models.shapes import SHAPES
-from tests.lora_cases import merge, random_adapter
+from tests.lora_cases import fill, merge, random_adapter
 from tests.runner_book import Book
 from tests.tiny import make_model
 from tests.unit.test_runner_cuda import SAMPLINGS, make_runner, prompt
@@ -65,14 +65,6 @@ def runner(folder: Path, adapters: list[AdapterWeights]) -> CudaRunner:
     runner = make_runner(folder, adapter_memory=MEMORY)
     fill(runner, adapters)
     return runner
-
-
-def fill(runner: CudaRunner, adapters: Sequence[AdapterWeights]) -> None:
-    """Slot i gets the i-th; they lie one after another."""
-    at = 0
-    for slot, adapter in enumerate(adapters):
-        runner.adapters.put(slot, at, adapter)
-        at += -(-adapter.nbytes // 256) * 256
 
 
 def logits_of(folder: Path, adapter: AdapterWeights | None, tokens: list[int]) -> np.ndarray:

@@ -8,6 +8,7 @@ Ranks are padded to multiples of 16 in each group of each layer by itself, not t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -108,10 +109,13 @@ class AdapterWeights:
         )
 
 
-def load_adapter(file: Path, config: Ranks, model: ModelConfig, dtype: torch.dtype) -> AdapterWeights:
+def load_adapter(
+    file: Path, config: Ranks, model: ModelConfig, dtype: torch.dtype, rest: Callable[[], None] | None = None
+) -> AdapterWeights:
     """Read an ``adapter_model.safetensors``; ``config`` is what :func:`realm.adapters.peft.parse_config` gave.
 
-    Each element is scaled in float32 and rounded once. Beside the result 128 KiB are held.
+    Each element is scaled in float32 and rounded once. Beside the result 128 KiB are held. ``rest`` is called after
+    each tensor.
 
     Raises:
         RealmError: ``adapter_invalid`` as :func:`realm.adapters.peft.check_adapter`: the file is checked again.
@@ -135,6 +139,8 @@ def load_adapter(file: Path, config: Ranks, model: ModelConfig, dtype: torch.dty
                         values = values.float().mul_(scaling)
                     target[at : at + lines].copy_(values if target.dim() == 1 else values.view(lines, line))
                     at += lines
+                if rest is not None:
+                    rest()
     except OSError as error:
         raise unreadable(file, error) from error
     return AdapterWeights(data, plan.ranks, plan.a_at, plan.b_at, max(m.rank for m in modules), plan.widths)

@@ -74,8 +74,8 @@ GATHER_PATIENCE = 8
 """Waits in a row that a worker may use up. Then it is waited for again only after it has answered."""
 
 SWITCH_SECONDS = 0.0001
-"""How long another thread may keep the interpreter from the engine's. With Python's 5 ms a thread that reads an
-adapter held steps of 1.5 ms up by 5 to 8, whenever the engine's had waited for anything."""
+"""How long another thread, such as the one that reads adapters, may keep the interpreter from the engine's on a GPU,
+where a step takes no longer than the 5 ms that Python allows."""
 
 MAX_PEERS = 1024
 """Connections at a time; further ones are closed at once."""
@@ -473,7 +473,8 @@ def main(arguments: list[str] | None = None) -> int:
         # Weights and code stay for good: keep the collector from walking them in the middle of a step.
         gc.collect()
         gc.freeze()
-        sys.setswitchinterval(SWITCH_SECONDS)
+        if core.runner.fileno() < 0:
+            sys.setswitchinterval(SWITCH_SECONDS)
         log.info("pid %d serves %s", os.getpid(), core.name)
         with contextlib.closing(core):
             EngineServer(core, listener, time.perf_counter() - began, trace).run()
