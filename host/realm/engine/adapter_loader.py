@@ -35,8 +35,8 @@ _HASH_CHUNK = 1 << 20
 
 REST_SECONDS = 0.0003
 """How long the thread rests after each tensor. Reading is Python's work, some 50 us a tensor, and holds the engine's
-thread up wherever that gives the interpreter away, which is dozens of times a step. Without rests, steps of 1.5 ms
-were up to 10 ms apart on a GPU while an adapter of 128 tensors was read."""
+thread up wherever that gives the interpreter away. A turn of 0.23 ms that does so 40 times took up to 1.2 ms beside a
+load without rests, and 0.5 with them; a load of 128 tensors takes 62 rather than 21 ms then."""
 
 
 def read_adapter(
