@@ -27,8 +27,8 @@ from realm.messages import (
     SamplingParams,
     TenantQuota,
 )
+from tests.adapter_stage import GREEDY, PLENTY, Stage
 from tests.checked_runner import CONFIG, check_result
-from tests.unit.test_engine_adapters import GREEDY, PLENTY, Stage
 
 SINGLE = SamplingParams(repetition_penalty=1.4)
 """A call that gets no lane."""

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from realm.engine.adapter_memory import ALIGNMENT, Ranges
 from realm.messages import CallDone, ForwardDone, FreeSequence, TenantQuota
+from tests.adapter_stage import GREEDY, PLENTY, Stage
 from tests.checked_runner import check_result
-from tests.unit.test_engine_adapters import GREEDY, PLENTY, Stage
 
 
 def test_a_large_one_takes_the_place_of_few_that_lie_together() -> None:
