@@ -288,7 +288,8 @@ class TenantQuota(Message, tag="quota"):
 
 
 class AdapterFile(Message, tag="adapter"):
-    """A tenant's ``name`` stands for this adapter from now on; sequences that have another of that name keep it.
+    """A tenant's ``name`` stands for this adapter from now on; sequences that have another of that name keep
+    it as long as it is in memory: its file may be gone.
 
     Attributes:
         tenant: whose it is; "" is everybody's who has none of that name.
@@ -306,7 +307,7 @@ class AdapterFile(Message, tag="adapter"):
 
 
 class AdapterGone(Message, tag="adapter-"):
-    """A tenant's ``name`` stands for no adapter any more; sequences that have it keep it."""
+    """A tenant's ``name`` stands for no adapter any more; sequences that have it keep it as long as it is in memory."""
 
     tenant: str
     name: str

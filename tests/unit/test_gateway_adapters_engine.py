@@ -8,16 +8,19 @@ import json
 import subprocess
 import sys
 import threading
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from realm.errors import RealmError
 from realm.gateway.adapters import AdapterBook
+from realm.gateway.links import EngineClient
 from realm.messages import AdapterFile, AdapterGone, AdapterState
 from realm.registry.records import AdapterRecord
 from realm.run_messages import StartRun
@@ -238,6 +241,24 @@ async def test_an_engine_that_goes_before_it_has_listened_takes_no_runs(tmp_path
         second.set()
         await eventually(lambda: host.gateway.status == "healthy")
         await client.data("generate", prompt="x")
+
+
+@async_test
+async def test_an_engine_that_says_nothing_of_adapters_gets_runs_and_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Most runs need no adapter."""
+    impatient = partialmethod(EngineClient.adapters, patience=0.05)
+    async with fake_host(tmp_path) as host, host.client() as alice:
+        await add(alice, "a", weights())
+        await host.lose_engine()
+        monkeypatch.setattr(EngineClient, "adapters", impatient)
+        gate = asyncio.Event()
+        await host.restart_engine(gate)
+        await eventually(lambda: host.gateway.status == "healthy")
+        assert "has not said that it knows the adapters" in caplog.text and "did not answer in 0.05" in caplog.text
+        gate.set()
+        assert (await alice.data("generate", prompt="x"))["text"] == "x"
 
 
 @async_test

@@ -36,7 +36,7 @@ def add(
 ) -> None:
     """Store an adapter on the server under a name, once all of it has been checked.
 
-    One of the same name is replaced: what computes with the old one goes on with it.
+    One of the same name is replaced: what computes with the old one goes on as long as that is loaded.
     """
     with connect(url, key) as client, upload_bar() as progress:
         adapter = client.adapters.add(name or folder.resolve().name, folder, model=model, progress=progress)
@@ -143,7 +143,7 @@ def unshare(name: NameArgument, url: UrlOption = None, key: KeyOption = None) ->
 
 @app.command("remove")
 def remove(name: NameArgument, url: UrlOption = None, key: KeyOption = None) -> None:
-    """Remove one of your adapters; what computes with it goes on with it."""
+    """Remove one of your adapters; what computes with it goes on as long as the engine has it loaded."""
     with connect(url, key) as client:
         client.adapters.remove(name)
     out().print(f"removed {printable(name)}")

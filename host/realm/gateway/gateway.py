@@ -6,7 +6,6 @@ Sockets of clients are :mod:`realm.gateway.server`'s; processes are :mod:`realm.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping
@@ -412,8 +411,11 @@ class Gateway:
 
     async def _wait_until_informed(self, engine: EngineClient) -> None:
         """Guests reach the engine over links of their own, so it must have read this one first."""
-        with contextlib.suppress(RealmError):
+        try:
             await engine.adapters(SHARED)
+        except RealmError as error:
+            # Runs that need no adapter need not wait for it; those that do may be told that there is none.
+            log.warning("the engine has not said that it knows the adapters (%s); runs are taken all the same", error)
         if self.engine is engine and not engine.lost.is_set() and not self._draining:
             self._take_runs()
 

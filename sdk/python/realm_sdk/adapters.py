@@ -54,7 +54,8 @@ class Adapters:
         """Store the adapter of a PEFT folder (``adapter_config.json``, ``adapter_model.safetensors``) under ``name``.
 
         The server checks all of it before it stores anything. An adapter of that name is replaced: what computes
-        with the old one goes on with it. Weights that this tenant has stored before are not sent again.
+        with the old one goes on with it as long as the engine has it loaded. Weights that this tenant has stored
+        before are not sent again.
 
         Args:
             model: the served model that it must be for; None is whichever is served.
@@ -99,7 +100,7 @@ class Adapters:
         return await self._client.call("adapters.share", {"name": name, "shared": False}, Adapter)
 
     async def remove(self, name: str) -> None:
-        """Remove one of the tenant's adapters; what computes with it goes on with it."""
+        """Remove one of the tenant's adapters; what computes with it goes on as long as the engine has it loaded."""
         await self._client.call("adapters.remove", {"name": name}, _Nothing)
 
 
